@@ -1,0 +1,5 @@
+//! Counts of the calls that were served.
+
+/// Counts calls.
+#[derive(Clone, Debug, Default)]
+pub struct Trace {}
