@@ -1,0 +1,163 @@
+//! One call as the kernels see it: where a row of q, k, v, out or lse lies.
+
+use std::ops::Range;
+
+use mtlflashattn_core::{CpuTile, Lengths, Problem, Strides};
+
+use crate::{Inputs, Outputs};
+
+/// One sequence of a batch.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sequence {
+    /// Its number in the batch.
+    pub(crate) index: usize,
+    /// Row of q where it starts (0 for dense problems, where the batch stride does that).
+    pub(crate) query_start: usize,
+    pub(crate) query_len: usize,
+    /// Row of k and v where it starts.
+    pub(crate) key_start: usize,
+    pub(crate) key_len: usize,
+}
+
+/// The part of a sequence that one thread computes at once.
+///
+/// A row is one query of one head: row `r` is query `r / group` of query head `key_head * group + r % group`, so that
+/// all rows of a task read the same keys and neighbouring rows see almost the same of them.
+#[derive(Clone, Debug)]
+pub(crate) struct Task {
+    pub(crate) sequence: Sequence,
+    pub(crate) key_head: usize,
+    pub(crate) rows: Range<usize>,
+    /// The keys of this split.
+    pub(crate) keys: Range<usize>,
+    /// Where unmerged results go; `None` when this task sees all keys and writes the output itself.
+    pub(crate) partial: Option<*mut f32>,
+    /// Whether this task accounts for the attention sink.
+    pub(crate) first_split: bool,
+}
+
+/// Problem, tile and buffers of one call.
+pub(crate) struct Call<'a> {
+    pub(crate) problem: &'a Problem,
+    pub(crate) tile: &'a CpuTile,
+    pub(crate) inputs: &'a Inputs<'a>,
+    pub(crate) outputs: &'a Outputs,
+}
+
+// SAFETY: inputs are only read, and tasks write disjoint rows of the outputs.
+unsafe impl Sync for Call<'_> {}
+
+impl<'a> Call<'a> {
+    pub(crate) const fn new(
+        problem: &'a Problem,
+        tile: &'a CpuTile,
+        inputs: &'a Inputs<'a>,
+        outputs: &'a Outputs,
+    ) -> Self {
+        Self { problem, tile, inputs, outputs }
+    }
+
+    /// Sequence number `index`.
+    pub(crate) fn sequence(&self, index: usize) -> Sequence {
+        match self.problem.lengths {
+            Lengths::Dense { query_len, key_len, .. } => {
+                Sequence { index, query_start: 0, query_len, key_start: 0, key_len }
+            }
+            Lengths::Packed { .. } => {
+                let queries = &self.inputs.query_offsets[index..index + 2];
+                let keys = &self.inputs.key_offsets[index..index + 2];
+                Sequence {
+                    index,
+                    query_start: queries[0] as usize,
+                    query_len: (queries[1] - queries[0]) as usize,
+                    key_start: keys[0] as usize,
+                    key_len: (keys[1] - keys[0]) as usize,
+                }
+            }
+        }
+    }
+
+    /// Query head of row `row`.
+    pub(crate) const fn head(&self, task: &Task, row: usize) -> usize {
+        let group = self.problem.group();
+        task.key_head * group + row % group
+    }
+
+    /// Query of row `row`.
+    pub(crate) const fn query(&self, row: usize) -> usize {
+        row / self.problem.group()
+    }
+
+    /// Keys that row `row` sees, of all keys of the sequence.
+    pub(crate) fn visible(&self, sequence: &Sequence, row: usize) -> Range<usize> {
+        self.problem.mask.visible_keys(self.query(row), sequence.query_len, sequence.key_len)
+    }
+
+    /// Element 0 of row `row` of q.
+    pub(crate) unsafe fn q_row<T>(&self, task: &Task, row: usize) -> *const T {
+        let token = task.sequence.query_start + self.query(row);
+        self.inputs.q.cast::<T>().offset(offset(&self.problem.q, &task.sequence, token, self.head(task, row)))
+    }
+
+    /// Element 0 of the first row of k that the task's head and sequence own.
+    pub(crate) unsafe fn k_base<T>(&self, task: &Task) -> *const T {
+        let sequence = &task.sequence;
+        self.inputs.k.cast::<T>().offset(offset(&self.problem.k, sequence, sequence.key_start, task.key_head))
+    }
+
+    /// Element 0 of the first row of v that the task's head and sequence own.
+    pub(crate) unsafe fn v_base<T>(&self, task: &Task) -> *const T {
+        let sequence = &task.sequence;
+        self.inputs.v.cast::<T>().offset(offset(&self.problem.v, sequence, sequence.key_start, task.key_head))
+    }
+
+    /// Element 0 of row `row` of the output.
+    pub(crate) unsafe fn out_row<T>(&self, task: &Task, row: usize) -> *mut T {
+        let token = task.sequence.query_start + self.query(row);
+        let strides = &self.outputs.out_strides;
+        self.outputs.out.cast::<T>().offset(offset(strides, &task.sequence, token, self.head(task, row)))
+    }
+
+    /// Writes the LSE of row `row` when it is wanted.
+    pub(crate) unsafe fn write_lse(&self, task: &Task, row: usize, lse: f32) {
+        if self.outputs.lse.is_null() {
+            return;
+        }
+        let (head, query) = (self.head(task, row), self.query(row));
+        let index = match self.problem.lengths {
+            Lengths::Dense { query_len, .. } => {
+                (task.sequence.index * self.problem.query_heads + head) * query_len + query
+            }
+            Lengths::Packed { total_query, .. } => head * total_query + task.sequence.query_start + query,
+        };
+        self.outputs.lse.add(index).write(lse);
+    }
+
+    /// ALiBi slope of row `row`.
+    pub(crate) unsafe fn alibi_slope(&self, task: &Task, row: usize) -> Option<f32> {
+        let strides = self.problem.alibi?;
+        let index = task.sequence.index as i64 * strides.batch + self.head(task, row) as i64 * strides.head;
+        Some(self.inputs.alibi_slopes.offset(index as isize).read())
+    }
+
+    /// Sink of row `row` in units of log2.
+    pub(crate) unsafe fn sink(&self, task: &Task, row: usize) -> Option<f32> {
+        let stride = self.problem.sinks?;
+        let sink = self.inputs.sinks.offset((self.head(task, row) as i64 * stride) as isize).read();
+        Some(sink * std::f32::consts::LOG2_E)
+    }
+}
+
+/// Natural logarithm of the sum of `exp` from a running maximum (in units of log2) and a sum relative to it.
+pub(crate) fn lse(max: f32, sum: f32) -> f32 {
+    if sum == 0.0 { f32::INFINITY } else { (max + sum.log2()) * std::f32::consts::LN_2 }
+}
+
+/// The factor that normalises an accumulated output.
+pub(crate) fn normalizer(sum: f32) -> f32 {
+    if sum == 0.0 { 0.0 } else { 1.0 / sum }
+}
+
+const fn offset(strides: &Strides, sequence: &Sequence, token: usize, head: usize) -> isize {
+    (sequence.index as i64 * strides.batch + token as i64 * strides.row + head as i64 * strides.head) as isize
+}

@@ -1,0 +1,165 @@
+//! Instruction sets: one [`Simd`] implementation each, and the choice at run time.
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
+pub(crate) mod portable;
+mod tile;
+
+use std::sync::OnceLock;
+
+/// Instruction set of the microkernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Isa {
+    /// Plain Rust, vectorised by the compiler for the target's baseline.
+    Portable,
+    /// x86-64 with AVX2, FMA and F16C.
+    Avx2,
+    /// x86-64 with AVX-512 F, BW, DQ and VL.
+    Avx512,
+    /// aarch64 with the base vector instructions.
+    Neon,
+}
+
+impl Isa {
+    /// Every instruction set, best last.
+    pub const ALL: [Self; 4] = [Self::Portable, Self::Neon, Self::Avx2, Self::Avx512];
+
+    /// The best set of this machine, detected once.
+    pub fn best() -> Self {
+        static BEST: OnceLock<Isa> = OnceLock::new();
+        *BEST.get_or_init(|| Self::available().last().unwrap_or(Self::Portable))
+    }
+
+    /// The sets that this machine can run, best last.
+    pub fn available() -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().filter(|isa| isa.is_available())
+    }
+
+    /// Whether this machine can run it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Self::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => {
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => {
+                Self::Avx2.is_available()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+            }
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => true,
+            _ => false,
+        }
+    }
+
+    /// Name in `MTLFLASHATTN_CPU_ISA` and in plans.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+            Self::Neon => "neon",
+        }
+    }
+
+    /// The set of that name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|isa| isa.name() == name)
+    }
+
+    /// Query rows in one panel.
+    pub const fn panel_rows(self) -> usize {
+        match self {
+            Self::Portable => portable::Portable::PANEL,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => avx2::Avx2::PANEL,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => avx512::Avx512::PANEL,
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => neon::Neon::PANEL,
+            #[allow(unreachable_patterns, reason = "the sets of other architectures")]
+            _ => portable::Portable::PANEL,
+        }
+    }
+
+    /// Most query rows for which reading K and V once per four rows beats a mostly empty panel.
+    pub const fn decode_rows(self) -> usize {
+        8
+    }
+}
+
+/// Vectors of float32 and the two matrix products built on them.
+///
+/// A panel is `PANEL` query rows, one per lane: scores are `S^T = K Q^T` and values `O^T += V^T P^T`, so that the row
+/// maximum, sum and rescaling are lane-wise and need no horizontal operation.
+///
+/// # Safety
+/// Every method requires the instruction set to be available and pointers valid for what it names.
+pub(crate) trait Simd: Copy + 'static {
+    /// `LANES` float32 values.
+    type Vector: Copy;
+    /// The vectors of one row of a panel.
+    type Row: Copy + AsRef<[Self::Vector]> + AsMut<[Self::Vector]>;
+    /// Float32 values in a vector.
+    const LANES: usize;
+    /// Query rows in a panel: a whole number of vectors.
+    const PANEL: usize;
+    /// Keys of one scores tile and value columns of one values tile.
+    const TILE: usize;
+
+    unsafe fn splat(x: f32) -> Self::Vector;
+    unsafe fn load(p: *const f32) -> Self::Vector;
+    unsafe fn store(p: *mut f32, x: Self::Vector);
+    unsafe fn load_f16(p: *const u16) -> Self::Vector;
+    unsafe fn load_bf16(p: *const u16) -> Self::Vector;
+    /// Rounds to nearest even.
+    unsafe fn store_f16(p: *mut u16, x: Self::Vector);
+    /// Rounds to nearest even; a NaN stays a NaN.
+    unsafe fn store_bf16(p: *mut u16, x: Self::Vector);
+    unsafe fn add(a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    unsafe fn sub(a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    unsafe fn mul(a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    unsafe fn div(a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// `a * b + c`.
+    unsafe fn fma(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
+    /// The larger; a NaN in `b` is returned, a NaN in `a` may be dropped.
+    unsafe fn max(a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// The smaller; a NaN in `b` is returned, a NaN in `a` may be dropped.
+    unsafe fn min(a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// The low 9 bits of each lane moved to sign and exponent: builds powers of two.
+    unsafe fn shift_to_exponent(x: Self::Vector) -> Self::Vector;
+    /// `x` where `low <= key < high`, negative infinity elsewhere.
+    unsafe fn keep_between(x: Self::Vector, key: Self::Vector, low: Self::Vector, high: Self::Vector) -> Self::Vector;
+    unsafe fn sum(x: Self::Vector) -> f32;
+    /// The largest lane.
+    unsafe fn largest(x: Self::Vector) -> f32;
+    /// `LANES` rows of `LANES` values become columns. Strides in elements.
+    unsafe fn transpose(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize);
+    /// Asks for a cache line that will be read soon.
+    unsafe fn prefetch(p: *const u8);
+
+    /// `scores[TILE][PANEL] = keys[TILE][depth] x queries[depth][PANEL]`; `row_max` gains the column maxima.
+    /// `depth` is a multiple of 4; `key_stride` in elements.
+    unsafe fn scores(
+        keys: *const f32,
+        key_stride: usize,
+        queries: *const f32,
+        depth: usize,
+        scores: *mut f32,
+        row_max: &mut Self::Row,
+    );
+    /// `out[TILE][PANEL] = out * rescale + values[keys][TILE]^T x probabilities[keys][PANEL]`; `keys` is a multiple of
+    /// `TILE`.
+    unsafe fn values(values: *const f32, probabilities: *const f32, keys: usize, out: *mut f32, rescale: &Self::Row);
+}

@@ -1,0 +1,464 @@
+//! The panel path: many query rows against blocks of keys.
+//!
+//! A task holds up to sixteen panels of query rows. For each block of keys, K is staged and V repacked once, then every
+//! panel that sees the block computes `S^T = K Q^T`, the softmax with rows as lanes, and `O^T += V^T P^T`.
+
+use std::ops::Range;
+
+use crate::call::{Call, Task, lse, normalizer};
+use crate::element::{Element, narrow, widen};
+use crate::interrupt::Ticker;
+use crate::isa::Simd;
+use crate::workspace::Carver;
+use crate::{math, score};
+
+/// Offsets of the pieces of a thread's scratch block, in float32 values.
+#[derive(Clone, Copy)]
+pub(crate) struct Scratch {
+    /// Padded head dimensions: what the tiles read and write.
+    depth: usize,
+    query_depth: usize,
+    value_dim: usize,
+    queries: usize,
+    out: usize,
+    max: usize,
+    sum: usize,
+    scores: usize,
+    keys: usize,
+    values: usize,
+    rows: usize,
+    lanes: usize,
+    len: usize,
+}
+
+impl Scratch {
+    /// The layout for tasks of at most `task_rows` rows against blocks of at most `key_block` keys.
+    pub(crate) fn new<S: Simd>(call: &Call<'_>, task_rows: usize, key_block: usize) -> Self {
+        let problem = call.problem;
+        let rows = task_rows.next_multiple_of(S::PANEL);
+        let key_block = key_block.next_multiple_of(S::TILE.max(S::LANES));
+        let depth = problem.head_dim.next_multiple_of(4);
+        let query_depth = problem.head_dim.next_multiple_of(S::LANES.max(4));
+        let value_dim = problem.value_dim.next_multiple_of(S::LANES.max(S::TILE));
+        let widest = query_depth.max(value_dim).max(if problem.bias.is_some() { key_block } else { 0 });
+        let mut carver = Carver::default();
+        let mut scratch = Self {
+            depth,
+            query_depth,
+            value_dim,
+            queries: carver.take(rows * query_depth),
+            out: carver.take(rows * value_dim),
+            max: carver.take(rows),
+            sum: carver.take(rows),
+            scores: carver.take(key_block * S::PANEL),
+            keys: carver.take(key_block * depth),
+            values: carver.take(key_block * value_dim),
+            rows: carver.take(S::LANES.max(4) * widest),
+            lanes: carver.take(4 * S::PANEL),
+            len: 0,
+        };
+        scratch.len = carver.len();
+        scratch
+    }
+
+    /// Float32 values in the block.
+    pub(crate) const fn len(&self) -> usize {
+        self.len
+    }
+}
+
+/// One task on one thread.
+struct Work<'a, 'b> {
+    call: &'a Call<'b>,
+    task: &'a Task,
+    scratch: Scratch,
+    block: *mut f32,
+}
+
+/// Runs `task` in the scratch memory `block`.
+///
+/// # Safety
+/// `call` must hold valid buffers, `block` the floats that `scratch` asks for, and `S` must be available.
+#[inline(always)]
+pub(crate) unsafe fn run<S: Simd, T: Element>(
+    call: &Call<'_>,
+    task: &Task,
+    scratch: Scratch,
+    block: *mut f32,
+    ticker: &mut Ticker<'_>,
+) {
+    let work = Work { call, task, scratch, block };
+    let panels = task.rows.len().div_ceil(S::PANEL);
+    for panel in 0..panels {
+        work.pack_queries::<S, T>(panel);
+        work.clear::<S>(panel);
+    }
+    let visible = work.visible(task.rows.clone());
+    let mut start = visible.start / call.tile.key_block * call.tile.key_block;
+    while start < visible.end {
+        if ticker.should_stop() {
+            return;
+        }
+        // Blocks start at multiples of the block size whatever the task, so that a row's rounding does not depend on
+        // the rows it shares a task with.
+        let keys = start.max(task.keys.start)..(start + call.tile.key_block).min(task.keys.end);
+        start += call.tile.key_block;
+        work.attend_block::<S, T>(keys, panels);
+    }
+    for panel in 0..panels {
+        work.finish::<S, T>(panel);
+    }
+}
+
+impl Work<'_, '_> {
+    unsafe fn at(&self, offset: usize) -> *mut f32 {
+        self.block.add(offset)
+    }
+
+    const fn queries<S: Simd>(&self, panel: usize) -> usize {
+        self.scratch.queries + panel * S::PANEL * self.scratch.query_depth
+    }
+
+    const fn out<S: Simd>(&self, panel: usize) -> usize {
+        self.scratch.out + panel * S::PANEL * self.scratch.value_dim
+    }
+
+    /// Rows of panel `panel`.
+    fn panel_rows<S: Simd>(&self, panel: usize) -> Range<usize> {
+        let start = self.task.rows.start + panel * S::PANEL;
+        start..(start + S::PANEL).min(self.task.rows.end)
+    }
+
+    /// Keys of this split that at least one of `rows` may see. The range of a row never moves back as rows advance.
+    fn visible(&self, rows: Range<usize>) -> Range<usize> {
+        let first = self.call.visible(&self.task.sequence, rows.start);
+        let last = self.call.visible(&self.task.sequence, rows.end - 1);
+        let start = first.start.max(self.task.keys.start);
+        start..last.end.min(self.task.keys.end).max(start)
+    }
+
+    /// Transposes the panel's rows of q, scaled, to `[query_depth][PANEL]`.
+    #[inline(always)]
+    unsafe fn pack_queries<S: Simd, T: Element>(&self, panel: usize) {
+        let (rows, depth) = (self.panel_rows::<S>(panel), self.scratch.query_depth);
+        let factor = S::splat(score::query_factor(self.call.problem));
+        let staged = self.at(self.scratch.rows);
+        for lane in (0..S::PANEL).step_by(S::LANES) {
+            for i in 0..S::LANES {
+                let row = rows.start + lane + i;
+                let to = staged.add(i * depth);
+                if row < rows.end {
+                    widen::<S, T>(self.call.q_row(self.task, row), self.call.problem.head_dim, depth, factor, to);
+                } else {
+                    to.write_bytes(0, depth);
+                }
+            }
+            let packed = self.at(self.queries::<S>(panel) + lane);
+            for column in (0..depth).step_by(S::LANES) {
+                S::transpose(staged.add(column), depth, packed.add(column * S::PANEL), S::PANEL);
+            }
+        }
+    }
+
+    /// Empty softmax state: nothing accumulated, or only the sink.
+    #[inline(always)]
+    unsafe fn clear<S: Simd>(&self, panel: usize) {
+        self.at(self.out::<S>(panel)).write_bytes(0, S::PANEL * self.scratch.value_dim);
+        let (max, sum) = (self.at(self.scratch.max + panel * S::PANEL), self.at(self.scratch.sum + panel * S::PANEL));
+        for lane in 0..S::PANEL {
+            max.add(lane).write(f32::MIN);
+            sum.add(lane).write(0.0);
+        }
+        if self.call.problem.sinks.is_some() && self.task.first_split {
+            for (lane, row) in self.panel_rows::<S>(panel).enumerate() {
+                if let Some(sink) = self.call.sink(self.task, row) {
+                    max.add(lane).write(sink);
+                    sum.add(lane).write(1.0);
+                }
+            }
+        }
+    }
+
+    /// All panels against the keys of one block.
+    #[inline(always)]
+    unsafe fn attend_block<S: Simd, T: Element>(&self, keys: Range<usize>, panels: usize) {
+        let padded = keys.len().next_multiple_of(S::TILE);
+        let (staged, stride) = self.stage_keys::<S, T>(&keys, padded);
+        self.pack_values::<S, T>(&keys, padded);
+        for panel in 0..panels {
+            let visible = self.visible(self.panel_rows::<S>(panel));
+            let start = visible.start.max(keys.start);
+            let end = visible.end.min(keys.end);
+            if start < end {
+                // Whole tiles, relative to the block.
+                let start = (start - keys.start) / S::TILE * S::TILE;
+                let end = (end - keys.start).next_multiple_of(S::TILE);
+                self.attend::<S>(panel, &keys, start..end, padded, staged, stride);
+            }
+        }
+    }
+
+    /// K of the block as float32 rows: in place where that is what lies there, else copied. Returns the stride.
+    #[inline(always)]
+    unsafe fn stage_keys<S: Simd, T: Element>(&self, keys: &Range<usize>, padded: usize) -> (*const f32, usize) {
+        let (head_dim, depth) = (self.call.problem.head_dim, self.scratch.depth);
+        let row = self.call.problem.k.row as isize;
+        let from = self.call.k_base::<T>(self.task).offset(keys.start as isize * row);
+        // Rows that lie apart would compete for few cache sets.
+        if T::IS_F32 && row == depth as isize && depth == head_dim && padded == keys.len() {
+            return (from.cast(), depth);
+        }
+        let to = self.at(self.scratch.keys);
+        for key in 0..keys.len() {
+            widen::<S, T>(from.offset(key as isize * row), head_dim, depth, S::splat(1.0), to.add(key * depth));
+        }
+        to.add(keys.len() * depth).write_bytes(0, (padded - keys.len()) * depth);
+        (to, depth)
+    }
+
+    /// V of the block as `[value_dim / TILE][keys][TILE]`, the order in which the values tile reads it.
+    #[inline(always)]
+    unsafe fn pack_values<S: Simd, T: Element>(&self, keys: &Range<usize>, padded: usize) {
+        /// Rows moved together, so that stores fill whole cache lines.
+        const ROWS: usize = 4;
+        let value_dim = self.call.problem.value_dim;
+        let columns = value_dim.next_multiple_of(S::TILE);
+        let row = self.call.problem.v.row as isize;
+        let from = self.call.v_base::<T>(self.task).offset(keys.start as isize * row);
+        let (staged, packed) = (self.at(self.scratch.rows), self.at(self.scratch.values));
+        let in_place = T::IS_F32 && columns == value_dim;
+        for key in (0..padded).step_by(ROWS) {
+            let rows: [*const f32; ROWS] = std::array::from_fn(|i| {
+                let to = staged.add(i * self.scratch.value_dim);
+                let row = from.offset((key + i) as isize * row);
+                if key + i >= keys.len() {
+                    to.write_bytes(0, columns);
+                } else if in_place {
+                    return row.cast();
+                } else {
+                    widen::<S, T>(row, value_dim, columns, S::splat(1.0), to);
+                }
+                to.cast_const()
+            });
+            for column in (0..columns).step_by(S::TILE) {
+                let to = packed.add(column * padded + key * S::TILE);
+                for (i, row) in rows.iter().enumerate() {
+                    row.add(column).copy_to_nonoverlapping(to.add(i * S::TILE), S::TILE);
+                }
+            }
+        }
+    }
+
+    /// One panel against `tiles`, a range of keys relative to the block.
+    #[inline(always)]
+    unsafe fn attend<S: Simd>(
+        &self,
+        panel: usize,
+        keys: &Range<usize>,
+        tiles: Range<usize>,
+        padded: usize,
+        staged: *const f32,
+        stride: usize,
+    ) {
+        let scores = self.at(self.scratch.scores);
+        let max = self.at(self.scratch.max + panel * S::PANEL);
+        let old = load_row::<S>(max);
+        let mut new = old;
+        let queries = self.at(self.queries::<S>(panel));
+        for key in tiles.clone().step_by(S::TILE) {
+            let to = scores.add(key * S::PANEL);
+            S::scores(staged.add(key * stride), stride, queries, self.scratch.depth, to, &mut new);
+        }
+        if self.modify::<S>(panel, keys, &tiles) {
+            new = old;
+            for key in tiles.clone() {
+                for (n, max) in new.as_mut().iter_mut().enumerate() {
+                    *max = S::max(S::load(scores.add(key * S::PANEL + n * S::LANES)), *max);
+                }
+            }
+        }
+        let rescale = self.softmax::<S>(panel, &tiles, old, new);
+        let values = self.at(self.scratch.values);
+        let out = self.at(self.out::<S>(panel));
+        let probabilities = scores.add(tiles.start * S::PANEL);
+        for column in (0..self.call.problem.value_dim).step_by(S::TILE) {
+            let from = values.add(column * padded + tiles.start * S::TILE);
+            S::values(from, probabilities, tiles.len(), out.add(column * S::PANEL), &rescale);
+        }
+    }
+
+    /// Scores become probabilities relative to the new maximum. Returns the factor for what was accumulated before.
+    #[inline(always)]
+    unsafe fn softmax<S: Simd>(&self, panel: usize, tiles: &Range<usize>, old: S::Row, new: S::Row) -> S::Row {
+        let scores = self.at(self.scratch.scores);
+        let (max, sum) = (self.at(self.scratch.max + panel * S::PANEL), self.at(self.scratch.sum + panel * S::PANEL));
+        let (mut rescale, mut total) = (old, new);
+        for n in 0..S::PANEL / S::LANES {
+            rescale.as_mut()[n] = math::exp2::<S>(S::sub(old.as_ref()[n], new.as_ref()[n]));
+            total.as_mut()[n] = S::mul(rescale.as_ref()[n], S::load(sum.add(n * S::LANES)));
+        }
+        for key in tiles.clone() {
+            for n in 0..S::PANEL / S::LANES {
+                let p = scores.add(key * S::PANEL + n * S::LANES);
+                let probability = math::exp2::<S>(S::sub(S::load(p), new.as_ref()[n]));
+                total.as_mut()[n] = S::add(total.as_ref()[n], probability);
+                S::store(p, probability);
+            }
+        }
+        store_row::<S>(max, &new);
+        store_row::<S>(sum, &total);
+        rescale
+    }
+
+    /// Softcap, ALiBi, bias and visibility. Returns whether anything changed.
+    #[inline(always)]
+    unsafe fn modify<S: Simd>(&self, panel: usize, keys: &Range<usize>, tiles: &Range<usize>) -> bool {
+        let problem = self.call.problem;
+        let rows = self.panel_rows::<S>(panel);
+        let mut changed = false;
+        if problem.softcap > 0.0 {
+            let scores = self.at(self.scratch.scores + tiles.start * S::PANEL);
+            score::softcap::<S>(scores, tiles.len() * S::PANEL, problem.softcap);
+            changed = true;
+        }
+        if problem.alibi.is_some() {
+            self.add_alibi::<S>(&rows, keys, tiles);
+            changed = true;
+        }
+        if problem.bias.is_some() {
+            self.add_bias::<S>(&rows, keys, tiles);
+            changed = true;
+        }
+        let first = self.call.visible(&self.task.sequence, rows.start);
+        let last = self.call.visible(&self.task.sequence, rows.end - 1);
+        let all_see = last.start.max(keys.start)..first.end.min(keys.end);
+        if all_see.start > keys.start + tiles.start || all_see.end < keys.start + tiles.end {
+            self.hide::<S>(&rows, keys, tiles);
+            changed = true;
+        }
+        changed
+    }
+
+    #[inline(always)]
+    unsafe fn add_alibi<S: Simd>(&self, rows: &Range<usize>, keys: &Range<usize>, tiles: &Range<usize>) {
+        let sequence = &self.task.sequence;
+        let (diagonals, slopes) = (self.at(self.scratch.lanes), self.at(self.scratch.lanes + S::PANEL));
+        for lane in 0..S::PANEL {
+            let row = (rows.start + lane).min(rows.end - 1);
+            let query = self.call.query(row);
+            let diagonal = self.call.problem.mask.diagonal(query, sequence.query_len, sequence.key_len);
+            diagonals.add(lane).write((diagonal - keys.start as i64) as f32);
+            let slope = self.call.alibi_slope(self.task, row).unwrap_or(0.0);
+            slopes.add(lane).write(-slope * std::f32::consts::LOG2_E);
+        }
+        for n in (0..S::PANEL).step_by(S::LANES) {
+            let (diagonal, slope) = (S::load(diagonals.add(n)), S::load(slopes.add(n)));
+            for key in tiles.clone() {
+                let p = self.at(self.scratch.scores + key * S::PANEL + n);
+                let signed = S::sub(S::splat(key as f32), diagonal);
+                let distance = S::max(signed, S::sub(S::splat(0.0), signed));
+                S::store(p, S::fma(slope, distance, S::load(p)));
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add_bias<S: Simd>(&self, rows: &Range<usize>, keys: &Range<usize>, tiles: &Range<usize>) {
+        let staged = self.at(self.scratch.rows);
+        let width = tiles.len().next_multiple_of(S::LANES);
+        let existing = (keys.start + tiles.start)..(keys.start + tiles.end).min(keys.end);
+        for lane in (0..rows.len()).step_by(S::LANES) {
+            staged.write_bytes(0, S::LANES * width);
+            for i in 0..S::LANES.min(rows.len() - lane) {
+                if let Some(bias) = score::BiasRow::of(self.call, self.task, rows.start + lane + i) {
+                    bias.read(existing.clone(), staged.add(i * width));
+                }
+            }
+            for key in (0..tiles.len()).step_by(S::LANES) {
+                // At most sixteen by sixteen.
+                let mut columns = [0.0f32; 256];
+                S::transpose(staged.add(key), width, columns.as_mut_ptr(), S::LANES);
+                for i in 0..S::LANES.min(tiles.len() - key) {
+                    let p = self.at(self.scratch.scores + (tiles.start + key + i) * S::PANEL + lane);
+                    S::store(p, S::add(S::load(p), S::load(columns.as_ptr().add(i * S::LANES))));
+                }
+            }
+        }
+    }
+
+    /// Scores of keys that a row does not see become negative infinity.
+    #[inline(always)]
+    unsafe fn hide<S: Simd>(&self, rows: &Range<usize>, keys: &Range<usize>, tiles: &Range<usize>) {
+        let (low, high) = (self.at(self.scratch.lanes), self.at(self.scratch.lanes + S::PANEL));
+        for lane in 0..S::PANEL {
+            let row = (rows.start + lane).min(rows.end - 1);
+            let visible = self.call.visible(&self.task.sequence, row);
+            // Relative to the block, so that every value is a small whole number.
+            let relative = |key: usize| (key.clamp(keys.start, keys.end) - keys.start) as f32;
+            low.add(lane).write(relative(visible.start));
+            high.add(lane).write(relative(visible.end));
+        }
+        for n in (0..S::PANEL).step_by(S::LANES) {
+            let (low, high) = (S::load(low.add(n)), S::load(high.add(n)));
+            for key in tiles.clone() {
+                let p = self.at(self.scratch.scores + key * S::PANEL + n);
+                S::store(p, S::keep_between(S::load(p), S::splat(key as f32), low, high));
+            }
+        }
+    }
+
+    /// Normalises the panel and writes its rows to the output, or unnormalised to the partial results.
+    #[inline(always)]
+    unsafe fn finish<S: Simd, T: Element>(&self, panel: usize) {
+        let value_dim = self.scratch.value_dim;
+        let (max, sum) = (self.at(self.scratch.max + panel * S::PANEL), self.at(self.scratch.sum + panel * S::PANEL));
+        let rows = self.panel_rows::<S>(panel);
+        let staged = self.at(self.scratch.rows);
+        let factors = self.at(self.scratch.lanes);
+        for lane in 0..S::PANEL {
+            let factor = if self.task.partial.is_some() { 1.0 } else { normalizer(sum.add(lane).read()) };
+            factors.add(lane).write(factor);
+        }
+        for lane in (0..rows.len()).step_by(S::LANES) {
+            let factor = S::load(factors.add(lane));
+            let out = self.at(self.out::<S>(panel) + lane);
+            for column in 0..value_dim {
+                let p = out.add(column * S::PANEL);
+                S::store(p, S::mul(factor, S::load(p)));
+            }
+            for column in (0..value_dim).step_by(S::LANES) {
+                S::transpose(out.add(column * S::PANEL), S::PANEL, staged.add(column), value_dim);
+            }
+            for i in 0..S::LANES.min(rows.len() - lane) {
+                let row = rows.start + lane + i;
+                let (max, sum) = (max.add(lane + i).read(), sum.add(lane + i).read());
+                self.write_row::<S, T>(row, staged.add(i * value_dim), max, sum);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn write_row<S: Simd, T: Element>(&self, row: usize, from: *const f32, max: f32, sum: f32) {
+        let value_dim = self.call.problem.value_dim;
+        if let Some(partial) = self.task.partial {
+            let to = partial.add((row - self.task.rows.start) * (value_dim + 2));
+            to.copy_from_nonoverlapping(from, value_dim);
+            to.add(value_dim).write(max);
+            to.add(value_dim + 1).write(sum);
+        } else {
+            narrow::<S, T>(from, value_dim, self.call.out_row(self.task, row));
+            self.call.write_lse(self.task, row, lse(max, sum));
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn load_row<S: Simd>(p: *const f32) -> S::Row {
+    // SAFETY: a row is an array of vectors without padding, exactly `PANEL` floats.
+    p.cast::<S::Row>().read_unaligned()
+}
+
+#[inline(always)]
+unsafe fn store_row<S: Simd>(p: *mut f32, row: &S::Row) {
+    p.cast::<S::Row>().write_unaligned(*row);
+}

@@ -1,0 +1,227 @@
+//! From a call to the kernels of an instruction set and a dtype, on one thread or many.
+
+use std::cell::RefCell;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use half::{bf16, f16};
+use mtlflashattn_core::{CpuPath, Dtype, Lengths};
+
+use crate::call::{Call, Task};
+use crate::interrupt::{Stop, Ticker};
+use crate::isa::{Isa, portable::Portable};
+use crate::schedule::Schedule;
+use crate::workspace::Block;
+use crate::{Error, decode, merge, panels, pool};
+
+/// Below this much work (about 50 us on one core) waking other threads costs more than it saves.
+const MIN_PARALLEL_FLOPS: f64 = 4e6;
+
+/// Scratch memory up to this size stays with its thread between calls.
+const KEPT_FLOATS: usize = 256 * 1024;
+
+thread_local! {
+    static KEPT: RefCell<Option<(usize, Block)>> = const { RefCell::new(None) };
+}
+
+/// The kernels of one instruction set and dtype.
+#[derive(Clone, Copy)]
+struct Kernels {
+    panels: unsafe fn(&Call<'_>, &Task, panels::Scratch, *mut f32, &mut Ticker<'_>),
+    panels_scratch: fn(&Call<'_>, usize, usize) -> panels::Scratch,
+    decode: unsafe fn(&Call<'_>, &Task, decode::Scratch, *mut f32, &mut Ticker<'_>),
+    decode_scratch: fn(&Call<'_>, usize) -> decode::Scratch,
+    merge: unsafe fn(&Call<'_>, &Task, &[*const f32]),
+}
+
+/// Instantiates the generic paths inside functions that enable an instruction set.
+macro_rules! kernels {
+    ($isa:ty, $element:ty $(, $features:literal)?) => {{
+        $(#[target_feature(enable = $features)])?
+        unsafe fn run_panels(c: &Call<'_>, t: &Task, s: panels::Scratch, b: *mut f32, k: &mut Ticker<'_>) {
+            panels::run::<$isa, $element>(c, t, s, b, k);
+        }
+        $(#[target_feature(enable = $features)])?
+        unsafe fn run_decode(c: &Call<'_>, t: &Task, s: decode::Scratch, b: *mut f32, k: &mut Ticker<'_>) {
+            decode::run::<$isa, $element>(c, t, s, b, k);
+        }
+        Kernels {
+            panels: run_panels,
+            panels_scratch: panels::Scratch::new::<$isa>,
+            decode: run_decode,
+            decode_scratch: decode::Scratch::new::<$isa, $element>,
+            merge: merge::run::<$element>,
+        }
+    }};
+}
+
+macro_rules! kernels_of {
+    ($isa:ty, $dtype:expr $(, $features:literal)?) => {
+        match $dtype {
+            Dtype::F32 => kernels!($isa, f32 $(, $features)?),
+            Dtype::F16 => kernels!($isa, f16 $(, $features)?),
+            Dtype::Bf16 => kernels!($isa, bf16 $(, $features)?),
+        }
+    };
+}
+
+fn kernels(isa: Isa, dtype: Dtype) -> Kernels {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => kernels_of!(crate::isa::avx2::Avx2, dtype, "avx2,fma,f16c"),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => {
+            kernels_of!(crate::isa::avx512::Avx512, dtype, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+        }
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => kernels_of!(crate::isa::neon::Neon, dtype, "neon"),
+        _ => kernels_of!(Portable, dtype),
+    }
+}
+
+/// Executes a call.
+///
+/// # Safety
+/// The contract of [`crate::forward`]; `isa` must be available.
+pub(crate) unsafe fn forward(
+    call: &Call<'_>,
+    isa: Isa,
+    threads: usize,
+    interrupted: &mut dyn FnMut() -> bool,
+) -> Result<(), Error> {
+    let schedule = Schedule::new(call)?;
+    let kernels = kernels(isa, call.problem.dtype);
+    clear_uncovered(call, &schedule);
+    let parallel = call.problem.flops() >= MIN_PARALLEL_FLOPS;
+    let run = Run {
+        call,
+        schedule: &schedule,
+        kernels,
+        workers: if parallel { threads.min(schedule.tasks()).saturating_sub(1) } else { 0 },
+        next: AtomicUsize::new(0),
+        stop: Stop::default(),
+        failure: Mutex::new(None),
+    };
+    run.all(interrupted)
+}
+
+struct Run<'a> {
+    call: &'a Call<'a>,
+    schedule: &'a Schedule<'a>,
+    kernels: Kernels,
+    /// Threads beside the calling one.
+    workers: usize,
+    next: AtomicUsize,
+    stop: Stop,
+    failure: Mutex<Option<Error>>,
+}
+
+// SAFETY: partial results are written by one task each, and merged after all tasks.
+unsafe impl Sync for Run<'_> {}
+
+impl Run<'_> {
+    fn all(&self, interrupted: &mut dyn FnMut() -> bool) -> Result<(), Error> {
+        let mut answered = false;
+        {
+            let mut ask = || {
+                answered |= interrupted();
+                answered
+            };
+            let mut ticker = Ticker::caller(&self.stop, &mut ask);
+            pool::run(self.workers, &|| self.tasks(&mut Ticker::worker(&self.stop)), || self.tasks(&mut ticker));
+        }
+        if let Some(error) = self.failure.lock().ok().and_then(|mut failure| failure.take()) {
+            return Err(error);
+        }
+        if answered {
+            return Err(Error::Interrupted);
+        }
+        self.next.store(0, Ordering::Relaxed);
+        pool::run(self.workers.min(self.schedule.merges().saturating_sub(1)), &|| self.merges(), || self.merges());
+        Ok(())
+    }
+
+    /// Takes tasks until there are none.
+    fn tasks(&self, ticker: &mut Ticker<'_>) {
+        let (tile, rows) = (self.call.tile, self.call.problem.lengths.max_query_len() * self.call.problem.group());
+        let rows = tile.task_rows.min(rows.max(1));
+        let done = match tile.path {
+            CpuPath::Panels => {
+                let keys = tile.key_block.min(self.call.problem.lengths.max_key_len().max(1));
+                let scratch = (self.kernels.panels_scratch)(self.call, rows, keys);
+                with_scratch(scratch.len(), |block| {
+                    // SAFETY: `forward`'s contract; the scratch block has the size that the layout asks for.
+                    self.each(ticker, |task, ticker| unsafe {
+                        (self.kernels.panels)(self.call, task, scratch, block, ticker);
+                    });
+                })
+            }
+            CpuPath::Decode => {
+                let scratch = (self.kernels.decode_scratch)(self.call, rows);
+                with_scratch(scratch.len(), |block| {
+                    // SAFETY: as above.
+                    self.each(ticker, |task, ticker| unsafe {
+                        (self.kernels.decode)(self.call, task, scratch, block, ticker);
+                    });
+                })
+            }
+        };
+        if let Err(error) = done {
+            self.stop.set();
+            if let Ok(mut failure) = self.failure.lock() {
+                *failure = Some(error);
+            }
+        }
+    }
+
+    fn each(&self, ticker: &mut Ticker<'_>, mut run: impl FnMut(&Task, &mut Ticker<'_>)) {
+        loop {
+            let index = self.next.fetch_add(1, Ordering::Relaxed);
+            if index >= self.schedule.tasks() || ticker.should_stop() {
+                return;
+            }
+            run(&self.schedule.task(index), ticker);
+        }
+    }
+
+    fn merges(&self) {
+        loop {
+            let index = self.next.fetch_add(1, Ordering::Relaxed);
+            if index >= self.schedule.merges() {
+                return;
+            }
+            let (task, splits) = self.schedule.merge(index);
+            // SAFETY: all tasks have finished, so every partial result is written.
+            unsafe { (self.kernels.merge)(self.call, &task, &splits) }
+        }
+    }
+}
+
+/// Runs `work` with `len` float32 values of scratch memory, kept for the thread's next call when it is small.
+fn with_scratch(len: usize, work: impl FnOnce(*mut f32)) -> Result<(), Error> {
+    let kept = KEPT.with(|kept| kept.borrow_mut().take()).filter(|(size, _)| *size >= len);
+    let (size, block) = match kept {
+        Some(kept) => kept,
+        None => (len, Block::new(len)?),
+    };
+    work(block.as_ptr());
+    if size <= KEPT_FLOATS {
+        KEPT.with(|kept| *kept.borrow_mut() = Some((size, block)));
+    }
+    Ok(())
+}
+
+/// Rows of a packed q outside all sequences: output 0, LSE +inf.
+unsafe fn clear_uncovered(call: &Call<'_>, schedule: &Schedule<'_>) {
+    let Lengths::Packed { total_query, .. } = call.problem.lengths else { return };
+    let (strides, row_bytes) = (&call.outputs.out_strides, call.problem.value_dim * call.problem.dtype.size());
+    for token in schedule.uncovered(total_query).into_iter().flatten() {
+        for head in 0..call.problem.query_heads {
+            let element = token as i64 * strides.row + head as i64 * strides.head;
+            call.outputs.out.offset(element as isize * call.problem.dtype.size() as isize).write_bytes(0, row_bytes);
+            if !call.outputs.lse.is_null() {
+                call.outputs.lse.add(head * total_query + token).write(f32::INFINITY);
+            }
+        }
+    }
+}
