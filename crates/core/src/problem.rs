@@ -406,7 +406,7 @@ fn check_heads(q: &TensorMeta<'_>, k: &TensorMeta<'_>, query_heads: usize, key_h
     if query_heads == 0 {
         return Err(shape_error("q", q, "at least one head"));
     }
-    if key_heads == 0 || query_heads % key_heads != 0 {
+    if key_heads == 0 || !query_heads.is_multiple_of(key_heads) {
         return Err(shape_error("k", k, format!("a number of heads that divides the {query_heads} heads of q")));
     }
     Ok(())

@@ -1,5 +1,210 @@
-//! Counts of the calls that were served.
+//! Counts of the calls that were served, by shape and tier.
 
-/// Counts calls.
+use std::cmp::Reverse;
+use std::collections::HashMap;
+use std::fmt::Write as _;
+
+use crate::{Dtype, Problem, Tier};
+
+/// What calls are told apart by. Field order is the order of equally frequent entries in a report.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Key {
+    /// Element type of q, k and v.
+    pub dtype: Dtype,
+    /// Head dimension of q and k.
+    pub head_dim: usize,
+    /// Head dimension of v and the output.
+    pub value_dim: usize,
+    /// Queries of a sequence; of the longest one in a packed call.
+    pub query_len: usize,
+    /// Keys of a sequence; of the longest one in a packed call.
+    pub key_len: usize,
+    /// Whether keys after the diagonal are hidden.
+    pub causal: bool,
+    /// The tier that served.
+    pub tier: Tier,
+}
+
+impl Key {
+    /// The key of a call.
+    #[must_use]
+    pub fn of(problem: &Problem, tier: Tier) -> Self {
+        Self {
+            dtype: problem.dtype,
+            head_dim: problem.head_dim,
+            value_dim: problem.value_dim,
+            query_len: problem.lengths.max_query_len(),
+            key_len: problem.lengths.max_key_len(),
+            causal: problem.mask.right == Some(0),
+            tier,
+        }
+    }
+
+    fn rank(&self) -> impl Ord + use<> {
+        let Self { dtype, head_dim, value_dim, query_len, key_len, causal, tier } = *self;
+        (dtype.name(), head_dim, value_dim, query_len, key_len, causal, tier.name())
+    }
+}
+
+/// Calls that share a [`Key`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// How many there were.
+    pub calls: u64,
+    /// What they have in common.
+    pub key: Key,
+}
+
+/// Most keys that are told apart: a process that meets ever new lengths must not grow without end.
+pub const MAX_KEYS: usize = 4096;
+
+/// Counts calls by [`Key`], in bounded memory.
 #[derive(Clone, Debug, Default)]
-pub struct Trace {}
+pub struct Trace {
+    calls: HashMap<Key, u64>,
+    other_calls: u64,
+}
+
+impl Trace {
+    /// Counts one call that `tier` served. Calls with a new key are counted together once there are [`MAX_KEYS`] keys.
+    pub fn record(&mut self, problem: &Problem, tier: Tier) {
+        let key = Key::of(problem, tier);
+        if self.calls.len() < MAX_KEYS || self.calls.contains_key(&key) {
+            *self.calls.entry(key).or_default() += 1;
+        } else {
+            self.other_calls += 1;
+        }
+    }
+
+    /// The counts, most frequent first.
+    #[must_use]
+    pub fn entries(&self) -> Vec<Entry> {
+        let mut entries: Vec<Entry> = self.calls.iter().map(|(&key, &calls)| Entry { calls, key }).collect();
+        entries.sort_by_cached_key(|entry| (Reverse(entry.calls), entry.key.rank()));
+        entries
+    }
+
+    /// Calls whose key is in no entry, because it came after [`MAX_KEYS`] others.
+    #[must_use]
+    pub const fn other_calls(&self) -> u64 {
+        self.other_calls
+    }
+
+    /// Every call.
+    #[must_use]
+    pub fn total_calls(&self) -> u64 {
+        self.calls.values().sum::<u64>() + self.other_calls
+    }
+
+    /// The report that `MTLFLASHATTN_TRACE` prints: a headline and a line per entry, without a final line break; empty
+    /// when nothing was recorded. Lq and Lk are the lengths, D is the head dimension (of q and v where they differ).
+    #[must_use]
+    pub fn summary(&self) -> String {
+        let entries = self.entries();
+        if entries.is_empty() {
+            return String::new();
+        }
+        let mut text = format!(
+            "[MTLFLASHATTN_TRACE] {} attention call(s), {} distinct shape/tier combos:",
+            self.total_calls(),
+            entries.len()
+        );
+        for Entry { calls, key } in entries {
+            let dim = match key {
+                Key { head_dim, value_dim, .. } if head_dim == value_dim => head_dim.to_string(),
+                Key { head_dim, value_dim, .. } => format!("{head_dim}/{value_dim}"),
+            };
+            let Key { dtype, query_len, key_len, tier, .. } = key;
+            let (dtype, causal) = (dtype.name(), if key.causal { 'T' } else { 'F' });
+            // Writing to a String cannot fail.
+            let _ = write!(
+                text,
+                "\n  calls={calls:<6} {dtype:<9} D={dim:<4} Lq={query_len:<6} Lk={key_len:<6} causal={causal}  -> {tier}"
+            );
+        }
+        if self.other_calls > 0 {
+            let _ = write!(text, "\n  calls={:<6} other shapes, beyond the first {MAX_KEYS} combos", self.other_calls);
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Options, TensorMeta};
+
+    fn problem(dtype: Dtype, [query_len, key_len]: [i64; 2], [head_dim, value_dim]: [i64; 2], causal: bool) -> Problem {
+        let meta = |shape| TensorMeta { dtype, shape, strides: &[0, 0, 0, 1] };
+        let options = Options { causal, window: (-1, -1), ..Options::default() };
+        let (q, k, v) = ([1, query_len, 2, head_dim], [1, key_len, 2, head_dim], [1, key_len, 2, value_dim]);
+        Problem::dense(meta(&q), meta(&k), meta(&v), &options).unwrap()
+    }
+
+    #[test]
+    fn summary_has_a_headline_and_the_most_frequent_first() {
+        let mut trace = Trace::default();
+        let (long, short, causal) = (
+            problem(Dtype::Bf16, [26136, 26136], [128, 128], false),
+            problem(Dtype::Bf16, [26136, 5], [128, 128], false),
+            problem(Dtype::F32, [77, 77], [192, 128], true),
+        );
+        for _ in 0..990 {
+            trace.record(&long, Tier::Cpu);
+        }
+        trace.record(&causal, Tier::Cpu);
+        trace.record(&short, Tier::Torch);
+        trace.record(&short, Tier::Torch);
+        assert_eq!(
+            trace.summary(),
+            "[MTLFLASHATTN_TRACE] 993 attention call(s), 3 distinct shape/tier combos:\n  \
+             calls=990    bfloat16  D=128  Lq=26136  Lk=26136  causal=F  -> cpu\n  \
+             calls=2      bfloat16  D=128  Lq=26136  Lk=5      causal=F  -> torch\n  \
+             calls=1      float32   D=192/128 Lq=77     Lk=77     causal=T  -> cpu"
+        );
+    }
+
+    #[test]
+    fn nothing_recorded_is_no_report() {
+        assert_eq!(Trace::default().summary(), "");
+    }
+
+    #[test]
+    fn every_field_of_the_key_tells_calls_apart() {
+        let mut trace = Trace::default();
+        let same = problem(Dtype::F32, [7, 9], [8, 8], false);
+        trace.record(&same, Tier::Cpu);
+        trace.record(&same, Tier::Cpu);
+        trace.record(&same, Tier::Torch);
+        for other in [
+            problem(Dtype::F16, [7, 9], [8, 8], false),
+            problem(Dtype::F32, [8, 9], [8, 8], false),
+            problem(Dtype::F32, [7, 8], [8, 8], false),
+            problem(Dtype::F32, [7, 9], [16, 8], false),
+            problem(Dtype::F32, [7, 9], [8, 16], false),
+            problem(Dtype::F32, [7, 9], [8, 8], true),
+        ] {
+            trace.record(&other, Tier::Cpu);
+        }
+        let entries = trace.entries();
+        assert_eq!(entries.len(), 8);
+        assert_eq!(entries[0], Entry { calls: 2, key: Key::of(&same, Tier::Cpu) });
+        assert_eq!(trace.total_calls(), 9);
+    }
+
+    #[test]
+    fn memory_is_bounded_and_no_call_is_lost() {
+        let mut trace = Trace::default();
+        let at = |query_len: usize| problem(Dtype::F32, [query_len as i64, 3], [8, 8], false);
+        for query_len in 1..=MAX_KEYS + 10 {
+            trace.record(&at(query_len), Tier::Cpu);
+        }
+        trace.record(&at(1), Tier::Cpu);
+        assert_eq!(trace.entries().len(), MAX_KEYS);
+        assert_eq!(trace.entries()[0], Entry { calls: 2, key: Key::of(&at(1), Tier::Cpu) });
+        assert_eq!((trace.other_calls(), trace.total_calls()), (10, MAX_KEYS as u64 + 11));
+        let summary = trace.summary();
+        assert_eq!(summary.lines().count(), MAX_KEYS + 2);
+        assert_eq!(summary.lines().last(), Some("  calls=10     other shapes, beyond the first 4096 combos"));
+    }
+}
