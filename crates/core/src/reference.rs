@@ -239,10 +239,11 @@ impl Softmax {
             return None;
         }
         let max = scores.iter().map(|score| score.value).fold(sink, f64::max);
-        let sum: f64 = (sink - max).exp() + scores.iter().map(|score| (score.value - max).exp()).sum::<f64>();
-        let lse = max + sum.ln();
-        let probabilities = scores.iter().map(|score| (score.value - lse).exp()).collect();
-        Some(Self { probabilities, sink: (sink - lse).exp(), lse })
+        let sink = (sink - max).exp();
+        let weights: Vec<f64> = scores.iter().map(|score| (score.value - max).exp()).collect();
+        let sum = sink + weights.iter().sum::<f64>();
+        let probabilities = weights.into_iter().map(|weight| weight / sum).collect();
+        Some(Self { probabilities, sink: sink / sum, lse: max + sum.ln() })
     }
 }
 

@@ -1,1 +1,4 @@
-
+mod backward;
+mod bounds;
+mod case;
+mod forward;
