@@ -62,10 +62,6 @@ impl Spec {
             seed: 1,
         }
     }
-
-    pub(super) fn dense(&self) -> bool {
-        matches!(self.sequences, Sequences::Dense { .. })
-    }
 }
 
 /// Problems with any combination of features, of lengths below `max_len` and head dimensions of at most `max_dim`.
