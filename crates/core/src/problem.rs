@@ -1,5 +1,8 @@
 //! What one attention call asks for, validated once.
 
+#[cfg(test)]
+mod tests;
+
 use crate::{Alignment, Dtype, Error, Mask, Result};
 
 /// Shape and strides (in elements) of a tensor as the caller handed it over.
@@ -56,9 +59,9 @@ pub enum Lengths {
         total_query: usize,
         /// Rows of k and v.
         total_key: usize,
-        /// The caller's bound on the longest query sequence.
+        /// The caller's bound on the longest query sequence, at most `total_query`.
         max_query_len: usize,
-        /// The caller's bound on the longest key sequence.
+        /// The caller's bound on the longest key sequence, at most `total_key`.
         max_key_len: usize,
     },
 }
@@ -295,8 +298,8 @@ impl Problem {
             batch,
             total_query,
             total_key,
-            max_query_len: max_len("max_seqlen_q", max_seqlen.0)?,
-            max_key_len: max_len("max_seqlen_k", max_seqlen.1)?,
+            max_query_len: max_len("max_seqlen_q", max_seqlen.0)?.min(total_query),
+            max_key_len: max_len("max_seqlen_k", max_seqlen.1)?.min(total_key),
         };
         let heads = [query_heads, key_heads, value_heads];
         Self::build([q, k, v], lengths, heads, [head_dim, key_dim, value_dim], options)
@@ -327,8 +330,10 @@ impl Problem {
             }
         }
         for (argument, tensor) in [("q", &q), ("k", &k), ("v", &v)] {
-            check_extent(argument, tensor)?;
+            check_extent(argument, tensor.shape, tensor.strides, tensor.dtype.size())?;
         }
+        let out = [lengths.query_rows(), query_heads, value_dim].map(|size| size as i64);
+        check_extent("out", &out, &[0; 3], q.dtype.size())?;
         let batch = lengths.batch();
         Ok(Self {
             dtype: q.dtype,
@@ -412,20 +417,26 @@ fn check_heads(q: &TensorMeta<'_>, k: &TensorMeta<'_>, query_heads: usize, key_h
     Ok(())
 }
 
-/// Every byte offset that a kernel forms must fit in an i64.
-fn check_extent(argument: &'static str, tensor: &TensorMeta<'_>) -> Result<()> {
-    let mut extent: i128 = 0;
-    for (&size, &stride) in tensor.shape.iter().zip(tensor.strides) {
-        extent += i128::from(size) * i128::from(stride).abs();
+/// Most bytes between the first and the last element of a tensor, and most bytes of a contiguous copy of it: as much as
+/// today's widest user address space, so that no product of sizes and strides overflows an i64.
+const MAX_BYTES: i128 = 1 << 56;
+
+fn check_extent(argument: &'static str, shape: &[i64], strides: &[i64], element_size: usize) -> Result<()> {
+    let element_size = element_size as i128;
+    let mut count = element_size;
+    let mut span = 0i128;
+    for (&size, &stride) in shape.iter().zip(strides) {
+        count = count.saturating_mul(i128::from(size.max(1)));
+        span = span.saturating_add(i128::from(size.max(1) - 1) * i128::from(stride).abs());
     }
-    if extent * tensor.dtype.size() as i128 > i128::from(i64::MAX) {
-        return Err(Error::Value {
-            argument,
-            got: format!("a tensor with strides {}", shape_text(tensor.strides)),
-            allowed: "tensors that span less than 2**63 bytes".into(),
-        });
+    if count <= MAX_BYTES && span.saturating_mul(element_size) <= MAX_BYTES {
+        return Ok(());
     }
-    Ok(())
+    Err(Error::Value {
+        argument,
+        got: format!("a tensor of shape {} with strides {}", shape_text(shape), shape_text(strides)),
+        allowed: "tensors that span at most 2**56 bytes".into(),
+    })
 }
 
 fn max_len(argument: &'static str, value: i64) -> Result<usize> {
@@ -454,6 +465,7 @@ fn softcap(value: f64) -> Result<f32> {
 }
 
 fn alibi((shape, strides): (&[i64], &[i64]), batch: usize, heads: usize) -> Result<AlibiStrides> {
+    check_extent("alibi_slopes", shape, strides, size_of::<f32>())?;
     let (batch_size, head_size) = (batch as i64, heads as i64);
     match (shape, strides) {
         ([h], [head]) if *h == head_size => Ok(AlibiStrides { batch: 0, head: *head }),
@@ -479,6 +491,7 @@ fn bias((kind, shape, strides): (BiasKind, &[i64], &[i64]), heads: usize, length
     if shape.len() > 4 || shape.len() != strides.len() {
         return Err(error());
     }
+    check_extent("bias", shape, strides, size_of::<f32>())?;
     let skip = 4 - shape.len();
     for (axis, (&size, &stride)) in shape.iter().zip(strides).enumerate() {
         broadcast[skip + axis] = match size {
@@ -492,6 +505,7 @@ fn bias((kind, shape, strides): (BiasKind, &[i64], &[i64]), heads: usize, length
 }
 
 fn sinks((shape, strides): (&[i64], &[i64]), heads: usize) -> Result<i64> {
+    check_extent("sinks", shape, strides, size_of::<f32>())?;
     match (shape, strides) {
         ([size], [stride]) if *size == heads as i64 => Ok(*stride),
         _ => Err(Error::Shape {
