@@ -49,3 +49,16 @@ impl fmt::Display for Dtype {
         f.write_str(self.name())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unit_roundoff_is_half_the_distance_from_1_to_its_successor() {
+        // The stored mantissa bits say where the successor of 1 lies.
+        for (dtype, mantissa_bits) in [(Dtype::F32, 23), (Dtype::F16, 10), (Dtype::Bf16, 7)] {
+            assert_eq!(dtype.unit_roundoff().to_bits(), (0.5 * 2f64.powi(-mantissa_bits)).to_bits(), "{dtype}");
+        }
+    }
+}

@@ -1,5 +1,8 @@
 //! The decision: which tier serves a problem, with which tile, and why the others were passed over.
 
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 
 use crate::{Error, Lengths, Problem, Result, Settings, Tier};
@@ -90,7 +93,7 @@ impl Plan {
                 Some(reason) => {
                     return Err(Error::Unsupported {
                         argument: "MTLFLASHATTN_KERNEL",
-                        got: format!("{} ({forced}) for this call: it {reason}", settings.kernel.name()),
+                        got: format!("{} for this call ({forced}: {reason})", settings.kernel.name()),
                         instead: "unset the variable, or set it to auto".into(),
                     });
                 }
