@@ -93,6 +93,23 @@ impl<'a> Call<'a> {
         self.problem.mask.visible_keys(self.query(row), sequence.query_len, sequence.key_len)
     }
 
+    /// Keys of the task's split that at least one of `rows` may see. A row's range never moves back as rows advance.
+    pub(crate) fn visible_to(&self, task: &Task, rows: &Range<usize>) -> Range<usize> {
+        let first = self.visible(&task.sequence, rows.start);
+        let last = self.visible(&task.sequence, rows.end - 1);
+        let start = first.start.max(task.keys.start);
+        start..last.end.min(task.keys.end).max(start)
+    }
+
+    /// The task's visible keys in blocks of `size`. They start at multiples of `size` whatever the task, so that the
+    /// rounding of a row does not depend on the rows it shares a task with.
+    pub(crate) fn blocks(&self, task: &Task, size: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        let visible = self.visible_to(task, &task.rows);
+        let keys = task.keys.clone();
+        let first = if visible.is_empty() { visible.end } else { visible.start / size * size };
+        (first..visible.end).step_by(size).map(move |start| start.max(keys.start)..(start + size).min(keys.end))
+    }
+
     /// Element 0 of row `row` of q.
     pub(crate) unsafe fn q_row<T>(&self, task: &Task, row: usize) -> *const T {
         let token = task.sequence.query_start + self.query(row);

@@ -1,7 +1,7 @@
 //! The decode path: a few query rows against each key, at the rate of memory.
 //!
-//! Up to four rows share every load (and conversion) of K and V. Keys are read in the order in which they lie; while
-//! the scores of a block are computed its values are prefetched, and while the values are used the next keys are.
+//! Up to four rows share every load (and conversion) of K and V. Rows of K and V are read one after another from end to
+//! end, the order that hardware prefetchers follow; explicit prefetches were measured to be slower.
 
 use std::ops::Range;
 
@@ -13,8 +13,7 @@ use crate::workspace::Carver;
 use crate::{math, score};
 
 /// Bytes of K and V of one block: half of a 32 KiB first-level cache.
-const BLOCK_BYTES: usize = 16 * 1024;
-const CACHE_LINE: usize = 64;
+const BLOCK_BYTES: usize = 64 * 1024;
 
 /// Offsets of the pieces of a thread's scratch block, in float32 values.
 #[derive(Clone, Copy)]
@@ -84,17 +83,6 @@ impl<T> Rows<T> {
     unsafe fn row(&self, index: usize) -> *const T {
         self.pointer.offset(index as isize * self.stride)
     }
-
-    /// Asks for `count` rows from `first` on.
-    #[inline(always)]
-    unsafe fn prefetch<S: Simd>(&self, first: usize, count: usize) {
-        for row in first..first + count {
-            let pointer = self.row(row).cast::<u8>();
-            for line in (0..self.width * size_of::<T>()).step_by(CACHE_LINE) {
-                S::prefetch(pointer.wrapping_add(line));
-            }
-        }
-    }
 }
 
 struct Work<'a, 'b> {
@@ -118,17 +106,11 @@ pub(crate) unsafe fn run<S: Simd, T: Element>(
 ) {
     let work = Work { call, task, scratch, block };
     work.start::<S, T>();
-    let visible = work.visible();
-    // Blocks start at multiples of the block size, so that a row's rounding does not depend on its companions.
-    let mut start = visible.start / scratch.block * scratch.block;
-    while start < visible.end {
+    for keys in call.blocks(task, scratch.block) {
         if ticker.should_stop() {
             return;
         }
-        let keys = start.max(task.keys.start)..(start + scratch.block).min(task.keys.end);
-        start += scratch.block;
-        let next = start..(start + scratch.block).min(visible.end).max(start);
-        work.attend::<S, T>(&keys, &next);
+        work.attend::<S, T>(&keys);
     }
     work.finish::<S, T>();
 }
@@ -140,14 +122,6 @@ impl Work<'_, '_> {
 
     const fn rows(&self) -> usize {
         self.task.rows.end - self.task.rows.start
-    }
-
-    /// Keys of this split that at least one row may see.
-    fn visible(&self) -> Range<usize> {
-        let first = self.call.visible(&self.task.sequence, self.task.rows.start);
-        let last = self.call.visible(&self.task.sequence, self.task.rows.end - 1);
-        let start = first.start.max(self.task.keys.start);
-        start..last.end.min(self.task.keys.end).max(start)
     }
 
     /// Converts and scales q; empties the softmax state.
@@ -166,32 +140,27 @@ impl Work<'_, '_> {
         self.at(self.scratch.out).write_bytes(0, self.rows() * self.scratch.value_dim);
     }
 
-    /// All rows against the block `keys`; `next` is only prefetched.
+    /// All rows against the block `keys`.
     #[inline(always)]
-    unsafe fn attend<S: Simd, T: Element>(&self, keys: &Range<usize>, next: &Range<usize>) {
+    unsafe fn attend<S: Simd, T: Element>(&self, keys: &Range<usize>) {
         let problem = self.call.problem;
-        let (k_base, v_base) = (self.call.k_base::<T>(self.task), self.call.v_base::<T>(self.task));
         let (k_row, v_row) = (problem.k.row as isize, problem.v.row as isize);
-        let lie = |base: *const T, row: isize, first: usize, width: usize| Rows {
-            pointer: base.wrapping_offset(first as isize * row),
-            stride: row,
-            width,
-        };
-        let k = lie(k_base, k_row, keys.start, problem.head_dim);
-        let v = lie(v_base, v_row, keys.start, problem.value_dim);
-        let k_next = lie(k_base, k_row, next.start, problem.head_dim);
+        let k_pointer = self.call.k_base::<T>(self.task).offset(keys.start as isize * k_row);
+        let v_pointer = self.call.v_base::<T>(self.task).offset(keys.start as isize * v_row);
+        let k = Rows { pointer: k_pointer, stride: k_row, width: problem.head_dim };
+        let v = Rows { pointer: v_pointer, stride: v_row, width: problem.value_dim };
         if self.scratch.depth == problem.head_dim {
-            self.scores::<S, T, T>(k, v, keys.len());
+            self.scores::<S, T>(k, keys.len());
         } else {
             let staged = self.stage::<S, T>(k, keys.len(), self.scratch.depth, self.scratch.keys);
-            self.scores::<S, f32, T>(staged, v, keys.len());
+            self.scores::<S, f32>(staged, keys.len());
         }
         self.softmax::<S>(keys);
         if self.scratch.value_dim == problem.value_dim {
-            self.values::<S, T, T>(v, k_next, keys.len(), next.len());
+            self.values::<S, T>(v, keys.len());
         } else {
             let staged = self.stage::<S, T>(v, keys.len(), self.scratch.value_dim, self.scratch.values);
-            self.values::<S, f32, T>(staged, k_next, keys.len(), next.len());
+            self.values::<S, f32>(staged, keys.len());
         }
     }
 
@@ -205,47 +174,21 @@ impl Work<'_, '_> {
         Rows { pointer: to, stride: width as isize, width }
     }
 
-    /// Scores of all rows; the values of the same keys are prefetched.
+    /// Scores of all rows, up to four at a time.
     #[inline(always)]
-    unsafe fn scores<S: Simd, K: Element, V: Element>(&self, k: Rows<K>, v: Rows<V>, keys: usize) {
+    unsafe fn scores<S: Simd, K: Element>(&self, k: Rows<K>, keys: usize) {
         let mut row = 0;
         while row < self.rows() {
-            let prefetch = if row == 0 { Some(&v) } else { None };
+            let queries = self.at(self.scratch.queries + row * self.scratch.depth);
+            let scores = self.at(self.scratch.scores + row * self.scratch.block);
+            let (depth, stride) = (self.scratch.depth, self.scratch.block);
+            // Eight accumulators hide the latency of the multiply-add, whatever the number of rows.
             row += match self.rows() - row {
-                4.. => self.scores_of::<S, K, V, 4, 2>(row, k, prefetch, keys),
-                2.. => self.scores_of::<S, K, V, 2, 4>(row, k, prefetch, keys),
-                _ => self.scores_of::<S, K, V, 1, 8>(row, k, prefetch, keys),
+                4.. => dot::<S, K, 4, 2>(queries, depth, k, keys, scores, stride),
+                2.. => dot::<S, K, 2, 4>(queries, depth, k, keys, scores, stride),
+                _ => dot::<S, K, 1, 8>(queries, depth, k, keys, scores, stride),
             };
         }
-    }
-
-    /// Scores of `R` rows, `N` keys at a time.
-    #[inline(always)]
-    unsafe fn scores_of<S: Simd, K: Element, V: Element, const R: usize, const N: usize>(
-        &self,
-        row: usize,
-        k: Rows<K>,
-        prefetch: Option<&Rows<V>>,
-        keys: usize,
-    ) -> usize {
-        let queries = self.at(self.scratch.queries + row * self.scratch.depth);
-        let scores = self.at(self.scratch.scores + row * self.scratch.block);
-        let mut key = 0;
-        while key + N <= keys {
-            if let Some(v) = prefetch {
-                v.prefetch::<S>(key, N);
-            }
-            dot::<S, K, R, N>(queries, self.scratch.depth, k, key, scores, self.scratch.block);
-            key += N;
-        }
-        while key < keys {
-            if let Some(v) = prefetch {
-                v.prefetch::<S>(key, 1);
-            }
-            dot::<S, K, R, 1>(queries, self.scratch.depth, k, key, scores, self.scratch.block);
-            key += 1;
-        }
-        R
     }
 
     /// Modifies the scores of every row, turns them into probabilities and rescales what was accumulated.
@@ -318,51 +261,21 @@ impl Work<'_, '_> {
         }
     }
 
-    /// Accumulates the values of all rows; the keys of the next block are prefetched.
+    /// Accumulates the values of all rows, up to four at a time.
     #[inline(always)]
-    unsafe fn values<S: Simd, V: Element, K: Element>(&self, v: Rows<V>, next: Rows<K>, keys: usize, next_keys: usize) {
+    unsafe fn values<S: Simd, V: Element>(&self, v: Rows<V>, keys: usize) {
         let mut row = 0;
         while row < self.rows() {
-            let next_keys = if row == 0 { next_keys } else { 0 };
+            let probabilities = self.at(self.scratch.scores + row * self.scratch.block);
+            let out = self.at(self.scratch.out + row * self.scratch.value_dim);
+            let (stride, width) = (self.scratch.block, self.scratch.value_dim);
+            // Up to eight probabilities stay in registers while the columns pass.
             row += match self.rows() - row {
-                4.. => self.values_of::<S, V, K, 4, 2>(row, v, next, keys, next_keys),
-                2.. => self.values_of::<S, V, K, 2, 4>(row, v, next, keys, next_keys),
-                _ => self.values_of::<S, V, K, 1, 8>(row, v, next, keys, next_keys),
+                4.. => accumulate::<S, V, 4, 2>(probabilities, stride, v, keys, out, width),
+                2.. => accumulate::<S, V, 2, 4>(probabilities, stride, v, keys, out, width),
+                _ => accumulate::<S, V, 1, 4>(probabilities, stride, v, keys, out, width),
             };
         }
-    }
-
-    /// Values of `R` rows, `N` vectors of columns at a time.
-    #[inline(always)]
-    unsafe fn values_of<S: Simd, V: Element, K: Element, const R: usize, const N: usize>(
-        &self,
-        row: usize,
-        v: Rows<V>,
-        next: Rows<K>,
-        keys: usize,
-        next_keys: usize,
-    ) -> usize {
-        let probabilities = self.at(self.scratch.scores + row * self.scratch.block);
-        let out = self.at(self.scratch.out + row * self.scratch.value_dim);
-        let width = self.scratch.value_dim;
-        let chunks = width.div_ceil(N * S::LANES);
-        let mut prefetched = 0;
-        let mut column = 0;
-        while column < width {
-            // The next keys are spread evenly over the passes, lest they queue up for the few fill buffers.
-            let until = (prefetched + next_keys.div_ceil(chunks)).min(next_keys);
-            let ahead = Ahead { rows: next, first: prefetched, count: until - prefetched };
-            prefetched = until;
-            let (p, o) = (probabilities, out.add(column));
-            if column + N * S::LANES <= width {
-                accumulate::<S, V, K, R, N>(p, self.scratch.block, v, column, keys, o, width, &ahead);
-                column += N * S::LANES;
-            } else {
-                accumulate::<S, V, K, R, 1>(p, self.scratch.block, v, column, keys, o, width, &ahead);
-                column += S::LANES;
-            }
-        }
-        R
     }
 
     /// Normalises and writes every row, or leaves it unnormalised in the partial results.
@@ -390,75 +303,91 @@ impl Work<'_, '_> {
     }
 }
 
-/// `scores[r][key + n] = queries[r] . k[key + n]` for `R` rows and `N` keys.
+/// `scores[r][key] = queries[r] . k[key]` for `R` rows, with `U` accumulators for each. Returns `R`.
 #[inline(always)]
-unsafe fn dot<S: Simd, K: Element, const R: usize, const N: usize>(
+unsafe fn dot<S: Simd, K: Element, const R: usize, const U: usize>(
     queries: *const f32,
     depth: usize,
     k: Rows<K>,
-    key: usize,
+    keys: usize,
     scores: *mut f32,
     stride: usize,
-) {
-    let mut acc = [[S::splat(0.0); R]; N];
-    let rows: [*const K; N] = std::array::from_fn(|n| k.row(key + n));
-    for i in (0..depth).step_by(S::LANES) {
-        for (n, acc) in acc.iter_mut().enumerate() {
-            let x = K::load::<S>(rows[n].add(i));
-            for (r, acc) in acc.iter_mut().enumerate() {
-                *acc = S::fma(x, S::load(queries.add(r * depth + i)), *acc);
+) -> usize {
+    for key in 0..keys {
+        let from = k.row(key);
+        let mut acc = [[S::splat(0.0); U]; R];
+        let mut i = 0;
+        while i + U * S::LANES <= depth {
+            for u in 0..U {
+                let x = K::load::<S>(from.add(i + u * S::LANES));
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    acc[u] = S::fma(x, S::load(queries.add(r * depth + i + u * S::LANES)), acc[u]);
+                }
             }
+            i += U * S::LANES;
+        }
+        while i < depth {
+            let x = K::load::<S>(from.add(i));
+            for (r, acc) in acc.iter_mut().enumerate() {
+                acc[0] = S::fma(x, S::load(queries.add(r * depth + i)), acc[0]);
+            }
+            i += S::LANES;
+        }
+        for (r, acc) in acc.iter().enumerate() {
+            let mut total = acc[0];
+            for &part in &acc[1..] {
+                total = S::add(total, part);
+            }
+            scores.add(r * stride + key).write(S::sum(total));
         }
     }
-    for (n, acc) in acc.iter().enumerate() {
-        for (r, &acc) in acc.iter().enumerate() {
-            scores.add(r * stride + key + n).write(S::sum(acc));
-        }
-    }
+    R
 }
 
-/// Rows to prefetch during a pass over a block.
-struct Ahead<T> {
-    rows: Rows<T>,
-    first: usize,
-    count: usize,
-}
-
-/// `out[r][..] += probabilities[r][key] * v[key][column..]` over `keys`, for `R` rows and `N` vectors of columns.
+/// `out[r] += sum over keys of probabilities[r][key] * v[key]` for `R` rows, `N` keys at a time. Returns `R`.
 #[inline(always)]
-#[allow(clippy::too_many_arguments, reason = "two matrices, a result and what to prefetch")]
-unsafe fn accumulate<S: Simd, V: Element, K: Element, const R: usize, const N: usize>(
+unsafe fn accumulate<S: Simd, V: Element, const R: usize, const N: usize>(
     probabilities: *const f32,
     stride: usize,
     v: Rows<V>,
-    column: usize,
     keys: usize,
     out: *mut f32,
-    out_stride: usize,
-    ahead: &Ahead<K>,
+    width: usize,
+) -> usize {
+    let mut key = 0;
+    while key + N <= keys {
+        accumulate_keys::<S, V, R, N>(probabilities.add(key), stride, v, key, out, width);
+        key += N;
+    }
+    while key < keys {
+        accumulate_keys::<S, V, R, 1>(probabilities.add(key), stride, v, key, out, width);
+        key += 1;
+    }
+    R
+}
+
+/// [`accumulate`] for the `N` keys from `key` on.
+#[inline(always)]
+unsafe fn accumulate_keys<S: Simd, V: Element, const R: usize, const N: usize>(
+    probabilities: *const f32,
+    stride: usize,
+    v: Rows<V>,
+    key: usize,
+    out: *mut f32,
+    width: usize,
 ) {
-    let mut acc = [[S::splat(0.0); N]; R];
-    for (r, acc) in acc.iter_mut().enumerate() {
-        for (n, acc) in acc.iter_mut().enumerate() {
-            *acc = S::load(out.add(r * out_stride + n * S::LANES));
-        }
-    }
-    for key in 0..keys {
-        if key < ahead.count {
-            ahead.rows.prefetch::<S>(ahead.first + key, 1);
-        }
-        let from = v.row(key).add(column);
-        let x: [S::Vector; N] = std::array::from_fn(|n| V::load::<S>(from.add(n * S::LANES)));
-        for (r, acc) in acc.iter_mut().enumerate() {
-            let p = S::splat(probabilities.add(r * stride + key).read());
-            for (n, acc) in acc.iter_mut().enumerate() {
-                *acc = S::fma(p, x[n], *acc);
+    let p: [[S::Vector; N]; R] =
+        std::array::from_fn(|r| std::array::from_fn(|n| S::splat(probabilities.add(r * stride + n).read())));
+    let rows: [*const V; N] = std::array::from_fn(|n| v.row(key + n));
+    for column in (0..width).step_by(S::LANES) {
+        let x: [S::Vector; N] = std::array::from_fn(|n| V::load::<S>(rows[n].add(column)));
+        for (r, p) in p.iter().enumerate() {
+            let to = out.add(r * width + column);
+            let mut sum = S::load(to);
+            for (n, &p) in p.iter().enumerate() {
+                sum = S::fma(p, x[n], sum);
             }
-        }
-    }
-    for (r, acc) in acc.iter().enumerate() {
-        for (n, &acc) in acc.iter().enumerate() {
-            S::store(out.add(r * out_stride + n * S::LANES), acc);
+            S::store(to, sum);
         }
     }
 }

@@ -93,16 +93,10 @@ pub(crate) unsafe fn run<S: Simd, T: Element>(
         work.pack_queries::<S, T>(panel);
         work.clear::<S>(panel);
     }
-    let visible = work.visible(task.rows.clone());
-    let mut start = visible.start / call.tile.key_block * call.tile.key_block;
-    while start < visible.end {
+    for keys in call.blocks(task, call.tile.key_block) {
         if ticker.should_stop() {
             return;
         }
-        // Blocks start at multiples of the block size whatever the task, so that a row's rounding does not depend on
-        // the rows it shares a task with.
-        let keys = start.max(task.keys.start)..(start + call.tile.key_block).min(task.keys.end);
-        start += call.tile.key_block;
         work.attend_block::<S, T>(keys, panels);
     }
     for panel in 0..panels {
@@ -127,14 +121,6 @@ impl Work<'_, '_> {
     fn panel_rows<S: Simd>(&self, panel: usize) -> Range<usize> {
         let start = self.task.rows.start + panel * S::PANEL;
         start..(start + S::PANEL).min(self.task.rows.end)
-    }
-
-    /// Keys of this split that at least one of `rows` may see. The range of a row never moves back as rows advance.
-    fn visible(&self, rows: Range<usize>) -> Range<usize> {
-        let first = self.call.visible(&self.task.sequence, rows.start);
-        let last = self.call.visible(&self.task.sequence, rows.end - 1);
-        let start = first.start.max(self.task.keys.start);
-        start..last.end.min(self.task.keys.end).max(start)
     }
 
     /// Transposes the panel's rows of q, scaled, to `[query_depth][PANEL]`.
@@ -186,7 +172,7 @@ impl Work<'_, '_> {
         let (staged, stride) = self.stage_keys::<S, T>(&keys, padded);
         self.pack_values::<S, T>(&keys, padded);
         for panel in 0..panels {
-            let visible = self.visible(self.panel_rows::<S>(panel));
+            let visible = self.call.visible_to(self.task, &self.panel_rows::<S>(panel));
             let start = visible.start.max(keys.start);
             let end = visible.end.min(keys.end);
             if start < end {

@@ -145,11 +145,6 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn prefetch(p: *const u8) {
-        _mm_prefetch::<_MM_HINT_T0>(p.cast());
-    }
-
-    #[inline(always)]
     unsafe fn scores(
         keys: *const f32,
         key_stride: usize,

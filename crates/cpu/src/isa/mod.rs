@@ -146,8 +146,6 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn largest(x: Self::Vector) -> f32;
     /// `LANES` rows of `LANES` values become columns. Strides in elements.
     unsafe fn transpose(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize);
-    /// Asks for a cache line that will be read soon.
-    unsafe fn prefetch(p: *const u8);
 
     /// `scores[TILE][PANEL] = keys[TILE][depth] x queries[depth][PANEL]`; `row_max` gains the column maxima.
     /// `depth` is a multiple of 4; `key_stride` in elements.

@@ -1,0 +1,177 @@
+//! The engine against the float64 reference, on random problems over every feature and every instruction set.
+
+mod common;
+
+use common::{BiasCase, Case, Order, Run};
+use mtlflashattn_core::{CpuPath, CpuTile, Dtype};
+use mtlflashattn_cpu::{Error, Isa};
+use proptest::prelude::*;
+
+fn dtypes() -> impl Strategy<Value = Dtype> {
+    prop_oneof![Just(Dtype::F32), Just(Dtype::F16), Just(Dtype::Bf16)]
+}
+
+fn dims() -> impl Strategy<Value = usize> {
+    prop_oneof![Just(64), Just(128), Just(8), Just(80), 1usize..40, 40usize..140, Just(256), 257usize..300]
+}
+
+fn lengths() -> impl Strategy<Value = (Vec<(usize, usize)>, bool, usize)> {
+    let len = || prop_oneof![3 => 0usize..40, 2 => 40usize..300];
+    let dense = (1usize..4, len(), len()).prop_map(|(batch, q, k)| (vec![(q, k); batch], false, 0));
+    let decode = (1usize..3, 1usize..5, 1usize..700).prop_map(|(batch, q, k)| (vec![(q, k); batch], false, 0));
+    let packed = (prop::collection::vec((len(), len()), 1..5), 0usize..3).prop_map(|(l, slack)| (l, true, slack));
+    prop_oneof![3 => dense, 2 => decode, 3 => packed]
+}
+
+fn biases() -> impl Strategy<Value = BiasCase> {
+    prop_oneof![
+        4 => Just(BiasCase::None),
+        1 => any::<[bool; 3]>().prop_map(BiasCase::Float32),
+        1 => any::<[bool; 3]>().prop_map(BiasCase::SameDtype),
+        1 => any::<[bool; 3]>().prop_map(BiasCase::Boolean),
+    ]
+}
+
+prop_compose! {
+    fn cases()(
+        (lengths, packed, slack) in lengths(),
+        dtype in dtypes(),
+        (key_heads, group) in (1usize..4, prop_oneof![Just(1), 1usize..6]),
+        (head_dim, value_dim) in prop_oneof![3 => dims().prop_map(|d| (d, d)), 1 => (dims(), dims())],
+        (causal, top_left, sinks) in any::<(bool, bool, bool)>(),
+        window in prop_oneof![2 => Just((-1, -1)), 1 => (-1i64..60, -1i64..60)],
+        softcap in prop_oneof![2 => Just(0.0), 1 => 0.5f64..30.0],
+        alibi in prop_oneof![3 => Just(0u8), 1 => Just(1u8), 1 => Just(2u8)],
+        bias in biases(),
+        order in prop_oneof![Just(Order::RowMajor), Just(Order::HeadMajor), Just(Order::Sliced)],
+        spread in prop_oneof![Just(1.0), 0.1f64..8.0],
+        seed: u64,
+    ) -> Case {
+        let bias = if packed { BiasCase::None } else { bias };
+        let top_left = top_left && !packed;
+        Case {
+            dtype, lengths, packed, slack, key_heads, group, head_dim, value_dim, causal, window, top_left, softcap,
+            alibi, bias, sinks, order, spread, seed,
+        }
+    }
+}
+
+/// The planned tile, the other path, and tiles that cut the problem finely.
+fn tiles(run: &Run, isa: Isa) -> Vec<CpuTile> {
+    let planned = run.tile(isa, 1);
+    let fine = CpuTile { path: CpuPath::Panels, task_rows: isa.panel_rows(), split_keys: 128, ..planned };
+    let mut tiles = vec![planned, CpuTile { path: CpuPath::Panels, ..fine }];
+    if run.problem.lengths.max_query_len() * run.problem.group() <= 40 {
+        let rows = (run.problem.lengths.max_query_len() * run.problem.group()).max(1);
+        tiles.push(CpuTile { path: CpuPath::Decode, task_rows: rows, split_keys: 128, ..planned });
+    }
+    tiles
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+    #[test]
+    fn agrees_with_the_reference(case in cases()) {
+        let run = Run::new(&case);
+        for isa in Isa::available() {
+            for tile in tiles(&run, isa) {
+                let results = run.engine(isa, &tile, 1);
+                if let Err(message) = run.check(&results) {
+                    prop_assert!(false, "{} {tile:?}: {message}", isa.name());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn neither_threads_nor_task_size_change_a_bit(case in cases(), rows in 1usize..4) {
+        let run = Run::new(&case);
+        for isa in Isa::available() {
+            let planned = run.tile(isa, 1);
+            let expected = run.engine(isa, &planned, 1);
+            for threads in [1, 2, 5] {
+                let mut tile = run.tile(isa, threads);
+                let same = |tile: &CpuTile| bits(&run.engine(isa, tile, threads)) == bits(&expected);
+                prop_assert!(same(&tile), "{} with {threads} threads", isa.name());
+                if tile.path == CpuPath::Panels {
+                    tile.task_rows = rows * isa.panel_rows();
+                    prop_assert!(same(&tile), "{} with {} rows a task", isa.name(), tile.task_rows);
+                }
+            }
+        }
+    }
+}
+
+fn bits(results: &common::Results) -> Vec<u64> {
+    results.out.iter().chain(&results.lse).map(|x| x.to_bits()).collect()
+}
+
+#[test]
+fn many_threads_share_a_large_problem() {
+    let case = Case {
+        lengths: vec![(700, 900)],
+        key_heads: 2,
+        group: 2,
+        head_dim: 64,
+        value_dim: 64,
+        causal: true,
+        ..Case::default()
+    };
+    let run = Run::new(&case);
+    for isa in Isa::available() {
+        let single = run.engine(isa, &run.tile(isa, 1), 1);
+        run.check(&single).unwrap();
+        let shared = run.engine(isa, &run.tile(isa, 8), 8);
+        assert_eq!(bits(&single), bits(&shared), "{}", isa.name());
+    }
+}
+
+#[test]
+fn long_decode_is_split_and_merged() {
+    let case = Case {
+        lengths: vec![(1, 5000)],
+        key_heads: 2,
+        group: 4,
+        head_dim: 64,
+        value_dim: 64,
+        spread: 4.0,
+        ..Case::default()
+    };
+    let run = Run::new(&case);
+    for isa in Isa::available() {
+        let tile = run.tile(isa, 2);
+        assert_eq!(tile.path, CpuPath::Decode);
+        assert!(tile.split_keys < 5000, "{tile:?} does not split");
+        run.check(&run.engine(isa, &tile, 2)).unwrap();
+    }
+}
+
+#[test]
+fn a_nan_in_any_input_reaches_the_output() {
+    for path in [CpuPath::Panels, CpuPath::Decode] {
+        for spread in [f64::NAN, f64::INFINITY] {
+            let run = Run::new(&Case { lengths: vec![(4, 40)], spread, ..Case::default() });
+            for isa in Isa::available() {
+                let tile = CpuTile { path, task_rows: isa.panel_rows(), ..run.tile(isa, 1) };
+                let results = run.engine(isa, &tile, 1);
+                assert!(results.out.iter().all(|x| x.is_nan()), "{} {path:?}: {spread} was lost", isa.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn an_interrupt_ends_a_long_call() {
+    let case = Case { lengths: vec![(6000, 6000)], key_heads: 4, head_dim: 64, value_dim: 64, ..Case::default() };
+    let run = Run::new(&case);
+    for threads in [1, 2] {
+        let mut asked = 0;
+        let result = run.interrupted(Isa::Portable, threads, &mut || {
+            asked += 1;
+            asked == 2
+        });
+        assert_eq!(result, Err(Error::Interrupted));
+        assert_eq!(asked, 2, "asked after the answer");
+    }
+}
