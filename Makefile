@@ -1,0 +1,60 @@
+# Every target works on a bare machine with Python >= 3.10, Rust and make.
+PYTHON := .venv/bin/python
+# PyO3's build script and the extension's tests look for this interpreter.
+export PYO3_PYTHON := $(CURDIR)/$(PYTHON)
+# A suite that may run anywhere must not reach for a hub.
+export HF_HUB_OFFLINE := 1
+
+RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates -name '*.rs' -o -name Cargo.toml)
+PYTHON_FOLDERS := python tests bench demo mtlflashattn.data
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo test test-rust test-python test-neon lint format bench clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: .venv/ready ## Create .venv with everything that development, tests and demo need
+
+.venv/ready: scripts/setup pyproject.toml
+	scripts/setup
+	@touch $@
+
+build: .venv/built ## Build the extension module into .venv
+
+.venv/built: .venv/ready pyproject.toml $(RUST_SOURCES) $(wildcard mtlflashattn.data/purelib/*)
+	.venv/bin/maturin develop --release --uv --quiet
+	@touch $@
+
+demo: build ## Run a real sentence encoder and a 32,768-token attention
+	$(PYTHON) demo/run.py
+
+test: test-rust test-python ## Run all Rust and Python tests
+
+test-rust: setup
+	cargo test --workspace --exclude mtlflashattn-python --quiet
+
+test-python: build
+	$(PYTHON) -m pytest -q
+
+test-neon: ## Run the Rust tests as aarch64 code (under qemu on other machines)
+	scripts/test-neon
+
+lint: build ## Check formatting, clippy, ruff, types and the stub
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --quiet -- -D warnings
+	.venv/bin/ruff check $(PYTHON_FOLDERS)
+	.venv/bin/ruff format --check $(PYTHON_FOLDERS)
+	.venv/bin/mypy
+	$(PYTHON) -m mypy.stubtest metal_flash_attn._native
+
+format: setup ## Format Rust and Python
+	cargo fmt --all
+	.venv/bin/ruff check --fix $(PYTHON_FOLDERS)
+	.venv/bin/ruff format $(PYTHON_FOLDERS)
+
+bench: build ## Measure against torch's scaled_dot_product_attention, interleaved
+	$(PYTHON) -m bench
+
+clean: ## Remove everything that was built
+	rm -rf target .venv
