@@ -1,1 +1,34 @@
-//! The extension module.
+//! The extension module `metal_flash_attn._native`: torch tensors in, plans executed, torch tensors out.
+#![allow(missing_docs, reason = "nobody links against this crate; its Python face is documented in _native.pyi")]
+
+mod arguments;
+mod call;
+mod dlpack;
+mod error;
+mod execute;
+mod form;
+mod forward;
+mod machine;
+mod operator;
+mod plan;
+mod settings;
+mod tensor;
+mod torch;
+mod trace;
+
+use pyo3::prelude::*;
+
+/// Rust engine and planner behind `metal_flash_attn`.
+#[pymodule(gil_used = false)]
+mod _native {
+    #[pymodule_export]
+    use super::error::_panic;
+    #[pymodule_export]
+    use super::forward::{check_operator, execute_operator, forward};
+    #[pymodule_export]
+    use super::machine::{fma_peak, instruction_sets, read_bandwidth};
+    #[pymodule_export]
+    use super::plan::{Plan, plan};
+    #[pymodule_export]
+    use super::trace::{TraceBlock, TraceEntry};
+}

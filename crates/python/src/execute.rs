@@ -1,0 +1,304 @@
+//! From tensors to results: allocate, plan, run.
+
+use std::ptr;
+
+use mtlflashattn_core::{self as core, CpuTile, Device, Plan, Problem, Settings, Strides, Tier};
+use mtlflashattn_cpu::{self as cpu, Inputs, Isa, Outputs};
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::call::{Described, Numbers, Tensors, describe};
+use crate::error::{Error, Result};
+use crate::form::{Form, Packing};
+use crate::tensor::View;
+use crate::torch::Torch;
+use crate::{settings, trace};
+
+/// Below this a call takes about 20 microseconds: handing over the GIL and waking threads would dominate.
+const SMALL_FLOPS: f64 = 5e5;
+
+/// Results as torch tensors.
+pub struct Results<'py> {
+    pub out: Bound<'py, PyAny>,
+    out_view: View,
+    pub lse: Option<(Bound<'py, PyAny>, View)>,
+}
+
+/// Reads a CPU tensor in the quickest way that this torch has; `None` when it needs a closer look.
+pub fn read_plain(torch: &Torch, tensor: &Bound<'_, PyAny>) -> Result<Option<View>> {
+    Ok(match torch.exchange {
+        // SAFETY: callers pass instances of torch.Tensor, on which the function was found.
+        Some(exchange) => unsafe { View::read_exchange(exchange, tensor)? },
+        None => View::read_attributes(tensor)?,
+    })
+}
+
+/// What [`read_plain`] could not read although the call was checked.
+pub fn unreadable(argument: &'static str) -> Error {
+    Error::Problem(core::Error::Value {
+        argument,
+        got: "a tensor without memory of its own".into(),
+        allowed: "tensors whose memory torch can hand out".into(),
+    })
+}
+
+/// Replaces tensors that no engine reads where they lie by copies: rows of q, k and v that are not contiguous, and
+/// memory that is not aligned.
+fn make_readable<'py>(
+    torch: &Torch,
+    objects: &mut Tensors<Bound<'py, PyAny>>,
+    views: &mut Tensors<View>,
+) -> Result<()> {
+    let py = objects.q.py();
+    let copy = |name, object: &mut Bound<'py, PyAny>, view: &mut View, method| {
+        *object = object.call_method0(method)?;
+        *view = if view.on_cpu { read_plain(torch, object)? } else { View::describe(object)? }
+            .ok_or_else(|| unreadable(name))?;
+        Result::Ok(())
+    };
+    objects.zip_mut(views, |name, object, view| {
+        if matches!(name, "q" | "k" | "v") && !view.has_contiguous_rows() {
+            return copy(name, object, view, intern!(py, "contiguous"));
+        }
+        if view.is_aligned() { Ok(()) } else { copy(name, object, view, intern!(py, "clone")) }
+    })
+}
+
+/// Instruction set that the settings ask for.
+pub fn isa(settings: &Settings) -> Result<Isa> {
+    let Some(isa) = Isa::from_name(settings.cpu_isa.name()) else { return Ok(Isa::best()) };
+    if isa.is_available() {
+        return Ok(isa);
+    }
+    let available: Vec<&str> = Isa::available().map(Isa::name).collect();
+    Err(Error::Problem(core::Error::Unsupported {
+        argument: "MTLFLASHATTN_CPU_ISA",
+        got: isa.name().into(),
+        instead: format!("this machine can run {}", available.join(", ")),
+    }))
+}
+
+/// What the planner has to know about the CPU.
+pub fn cpu_device(isa: Isa, threads: usize) -> Device {
+    Device::Cpu { panel_rows: isa.panel_rows(), decode_rows: isa.decode_rows(), threads }
+}
+
+/// Computes attention of `objects`, whose gradients are nobody's concern any more.
+pub fn execute<'py>(
+    py: Python<'py>,
+    torch: &Torch,
+    form: Form,
+    numbers: &Numbers,
+    mut objects: Tensors<Bound<'py, PyAny>>,
+    mut views: Tensors<View>,
+    want_lse: bool,
+) -> Result<Results<'py>> {
+    make_readable(torch, &mut objects, &mut views)?;
+    let described = describe(form, numbers, &objects, &views)?;
+    let problem = &described.problem;
+    let offsets = Offsets::read(torch, form, &objects, &views, problem)?;
+    let on_cpu = views.q.on_cpu;
+    let settings = settings::current(py, on_cpu)?;
+    let isa = isa(&settings)?;
+    let small = problem.flops() < SMALL_FLOPS;
+    let threads = if small || !on_cpu { 1 } else { torch.num_threads(py)? };
+    let device = if on_cpu { cpu_device(isa, threads) } else { Device::Torch };
+    let plan = Plan::new(problem, device, &settings)?;
+    let results = allocate(torch, form, &objects, &described, want_lse)?;
+    match (plan.tier, &plan.cpu) {
+        (Tier::Cpu, Some(tile)) => {
+            let pointers = Pointers::new(&described, &views, &offsets, &results);
+            run_cpu(py, problem, tile, isa, threads, &pointers, small)?;
+        }
+        _ => run_torch(py, form, numbers, &objects, &offsets, problem, &settings, &results)?,
+    }
+    trace::record(py, &settings, problem, plan.tier)?;
+    Ok(results)
+}
+
+/// `cu_seqlens_*` of a packed call: copied, so that no other thread can change them after the check.
+#[derive(Default)]
+struct Offsets {
+    query: Vec<i32>,
+    key: Vec<i32>,
+}
+
+impl Offsets {
+    fn read(
+        torch: &Torch,
+        form: Form,
+        objects: &Tensors<Bound<'_, PyAny>>,
+        views: &Tensors<View>,
+        problem: &Problem,
+    ) -> Result<Self> {
+        if !form.varlen {
+            return Ok(Self::default());
+        }
+        let query = read_offsets(torch, objects.cu_seqlens_q.as_ref(), views.cu_seqlens_q.as_ref())?;
+        let key = read_offsets(torch, objects.cu_seqlens_k.as_ref(), views.cu_seqlens_k.as_ref())?;
+        let checked = problem.lengths.check_offsets(&query, &key);
+        checked.map_err(|error| form.translate(error, &views.q, views.k.as_ref().unwrap_or(&views.q)))?;
+        Ok(Self { query, key })
+    }
+}
+
+fn read_offsets(torch: &Torch, object: Option<&Bound<'_, PyAny>>, view: Option<&View>) -> Result<Vec<i32>> {
+    let (Some(object), Some(view)) = (object, view) else { return Ok(Vec::new()) };
+    if !view.on_cpu {
+        let here = object.call_method0(intern!(object.py(), "cpu"))?;
+        let view = read_plain(torch, &here)?.ok_or_else(|| unreadable("cu_seqlens"))?;
+        return read_offsets(torch, Some(&here), Some(&view));
+    }
+    let count = view.shape()[0] as usize;
+    #[allow(clippy::cast_ptr_alignment, reason = "read unaligned")]
+    let start = view.data.cast_const().cast::<i32>();
+    // SAFETY: `describe` found `count` contiguous int32 in CPU memory; unaligned reads take any address.
+    Ok((0..count).map(|i| unsafe { start.add(i).read_unaligned() }).collect())
+}
+
+/// out as `torch.empty_like(q)` lays it out, contiguous where v has another width or `empty_like` does not keep rows
+/// contiguous (overlapping q); lse contiguous float32. The fake implementation of the operator mirrors this.
+fn allocate<'py>(
+    torch: &Torch,
+    form: Form,
+    objects: &Tensors<Bound<'py, PyAny>>,
+    described: &Described,
+    want_lse: bool,
+) -> Result<Results<'py>> {
+    let py = objects.q.py();
+    let problem = &described.problem;
+    let mut shape: Vec<usize> = described.q.shape().iter().map(|&size| size as usize).collect();
+    *shape.last_mut().expect("q has three or four dimensions") = problem.value_dim;
+    let like_q = if problem.value_dim != problem.head_dim {
+        None
+    } else if form.packing == Packing::All {
+        Some(torch.empty_like(&objects.q.call_method1(intern!(py, "select"), (-3, 0))?)?)
+    } else {
+        Some(torch.empty_like(&objects.q)?)
+    };
+    let (out, view) = match like_q.map(|out| read_result(torch, out)).transpose()? {
+        Some((out, view)) if view.has_contiguous_rows() => (out, view),
+        _ => read_result(torch, Torch::new_empty(&objects.q, &shape)?)?,
+    };
+    let lse_shape = match *shape {
+        [batch, query_len, heads, _] => vec![batch, heads, query_len],
+        _ => vec![problem.query_heads, problem.lengths.query_rows()],
+    };
+    let lse = want_lse.then(|| read_result(torch, torch.new_empty_float32(&objects.q, &lse_shape)?)).transpose()?;
+    Ok(Results { out, out_view: view, lse })
+}
+
+fn read_result<'py>(torch: &Torch, tensor: Bound<'py, PyAny>) -> Result<(Bound<'py, PyAny>, View)> {
+    let view = match read_plain(torch, &tensor)? {
+        Some(view) => Some(view),
+        None => View::describe(&tensor)?,
+    };
+    let view = view.ok_or_else(|| unreadable("out"))?;
+    Ok((tensor, view))
+}
+
+impl<'py> Results<'py> {
+    /// `(out, lse)`, or out where no LSE was asked for.
+    pub fn into_python(self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        match self.lse {
+            None => Ok(self.out),
+            Some((lse, _)) => Ok((self.out, lse).into_pyobject(py)?.into_any()),
+        }
+    }
+}
+
+/// What the engine reads and writes.
+struct Pointers<'a> {
+    inputs: Inputs<'a>,
+    outputs: Outputs,
+}
+
+// SAFETY: the tensors behind the pointers are kept alive by the arguments of the Python call, on whichever thread the
+// GIL is released.
+unsafe impl Send for Pointers<'_> {}
+// SAFETY: as above; the engine divides the outputs among its threads.
+unsafe impl Sync for Pointers<'_> {}
+
+impl<'a> Pointers<'a> {
+    fn new(described: &Described, views: &Tensors<View>, offsets: &'a Offsets, results: &Results<'_>) -> Self {
+        let first = |view: &Option<View>| view.map_or(ptr::null(), |view| view.data.cast_const());
+        let inputs = Inputs {
+            q: described.q.data,
+            k: described.k.data,
+            v: described.v.data,
+            query_offsets: &offsets.query,
+            key_offsets: &offsets.key,
+            alibi_slopes: first(&views.alibi_slopes).cast(),
+            bias: first(&views.bias),
+            sinks: first(&views.sinks).cast(),
+        };
+        let out_strides = Strides::of(&results.out_view.meta(described.problem.dtype));
+        let lse = results.lse.as_ref().map_or(ptr::null_mut(), |(_, view)| view.data.cast());
+        Self { inputs, outputs: Outputs { out: results.out_view.data, out_strides, lse } }
+    }
+}
+
+fn run_cpu(
+    py: Python<'_>,
+    problem: &Problem,
+    tile: &CpuTile,
+    isa: Isa,
+    threads: usize,
+    pointers: &Pointers<'_>,
+    small: bool,
+) -> Result<()> {
+    let run = |interrupted: &mut dyn FnMut() -> bool| {
+        let Pointers { inputs, outputs } = pointers;
+        // SAFETY: shapes, strides, offsets and alignment were checked; the outputs are fresh.
+        unsafe { cpu::forward(problem, tile, isa, threads, inputs, outputs, interrupted) }
+    };
+    if small {
+        return finished(run(&mut || false), None);
+    }
+    let mut raised = None;
+    let result = py.detach(|| {
+        run(&mut || {
+            #[allow(clippy::redundant_closure_for_method_calls, reason = "the method alone has too few lifetimes")]
+            let check = Python::attach(|py| py.check_signals());
+            raised = check.err();
+            raised.is_some()
+        })
+    });
+    finished(result, raised)
+}
+
+fn finished(result: std::result::Result<(), cpu::Error>, raised: Option<PyErr>) -> Result<()> {
+    match (result, raised) {
+        (Ok(()), None) => Ok(()),
+        (_, Some(exception)) => Err(Error::Python(exception)),
+        (Err(cpu::Error::OutOfMemory { bytes }), None) => Err(Error::OutOfMemory { bytes }),
+        (Err(error), None) => panic!("the engine stopped by itself: {error}"),
+    }
+}
+
+/// Hands the call to the tensor operations of `metal_flash_attn._torch_tier`.
+#[allow(clippy::too_many_arguments, reason = "the parts of one call")]
+fn run_torch(
+    py: Python<'_>,
+    form: Form,
+    numbers: &Numbers,
+    objects: &Tensors<Bound<'_, PyAny>>,
+    offsets: &Offsets,
+    problem: &Problem,
+    settings: &Settings,
+    results: &Results<'_>,
+) -> Result<()> {
+    let [q, k, v] = form.unpack(objects)?;
+    let Problem { scale, softcap, mask, .. } = *problem;
+    let rules = (scale, softcap, mask.left, mask.right, numbers.top_left, &objects.sinks, settings.torch_chunk);
+    let keywords = PyDict::new(py);
+    keywords.set_item("offsets", form.varlen.then_some((&offsets.query, &offsets.key)))?;
+    keywords.set_item("alibi_slopes", &objects.alibi_slopes)?;
+    keywords.set_item("bias", &objects.bias)?;
+    keywords.set_item("out", &results.out)?;
+    keywords.set_item("lse", results.lse.as_ref().map(|(lse, _)| lse))?;
+    keywords.set_item("rules", rules)?;
+    py.import("metal_flash_attn._torch_tier")?.getattr("forward")?.call((q, k, v), Some(&keywords))?;
+    Ok(())
+}

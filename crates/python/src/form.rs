@@ -1,0 +1,125 @@
+//! The public functions differ in how they pack q, k and v; this is where those differences end.
+
+use mtlflashattn_core as core;
+use pyo3::prelude::*;
+
+use crate::call::Tensors;
+use crate::error::{Error, Result};
+use crate::tensor::View;
+
+/// How q, k and v arrive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Packing {
+    /// Three tensors.
+    Separate,
+    /// q and kv, which has a dimension of size 2 before the heads.
+    KeyValue,
+    /// qkv, which has a dimension of size 3 before the heads.
+    All,
+}
+
+/// What kind of public function was called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Form {
+    pub packing: Packing,
+    /// Ragged sequences behind one another, with `cu_seqlens`.
+    pub varlen: bool,
+    /// The bias is called `mask` by the caller.
+    pub boolean_mask: bool,
+}
+
+impl Form {
+    /// `packing` is the number of tensors among q, k and v that came packed into one: 1, 2 or 3.
+    pub fn new(packing: u8, varlen: bool, boolean_mask: bool) -> Self {
+        let packing = match packing {
+            3 => Packing::All,
+            2 => Packing::KeyValue,
+            _ => Packing::Separate,
+        };
+        Self { packing, varlen, boolean_mask }
+    }
+
+    /// The name that the caller knows an argument by.
+    pub fn public_name(self, argument: &'static str) -> &'static str {
+        match (self.packing, argument) {
+            (Packing::All, "q" | "k" | "v") => "qkv",
+            (Packing::KeyValue, "k" | "v") => "kv",
+            (Packing::All, "cu_seqlens_q" | "cu_seqlens_k") => "cu_seqlens",
+            (Packing::All, "max_seqlen_q" | "max_seqlen_k") => "max_seqlen",
+            (_, "bias") if self.boolean_mask => "mask",
+            _ => argument,
+        }
+    }
+
+    /// `error` in the caller's words: packed tensors are named and shown as they came.
+    pub fn translate(self, error: core::Error, q: &View, k: &View) -> Error {
+        use core::Error as E;
+        let name = |argument| self.public_name(argument);
+        Error::Problem(match error {
+            E::Shape { argument, got, allowed } => {
+                let argument = name(argument);
+                let got = match argument {
+                    "qkv" => q.shape_text(),
+                    "kv" => k.shape_text(),
+                    _ => got,
+                };
+                E::Shape { argument, got, allowed }
+            }
+            E::Dtype { argument, got, allowed } => E::Dtype { argument: name(argument), got, allowed },
+            E::Value { argument, got, allowed } => E::Value { argument: name(argument), got, allowed },
+            E::Unsupported { argument, got, instead } => E::Unsupported { argument: name(argument), got, instead },
+            other => other,
+        })
+    }
+
+    /// Splits what came into q, k and v.
+    pub fn split(self, q: &View, k: Option<&View>, v: Option<&View>) -> Result<[View; 3]> {
+        match (self.packing, k, v) {
+            (Packing::Separate, Some(k), Some(v)) => Ok([*q, *k, *v]),
+            (Packing::KeyValue, Some(kv), _) => {
+                let axis = self.packed_axis("kv", kv, 2)?;
+                Ok([*q, kv.select(axis, 0), kv.select(axis, 1)])
+            }
+            _ => {
+                let axis = self.packed_axis("qkv", q, 3)?;
+                Ok([0, 1, 2].map(|index| q.select(axis, index)))
+            }
+        }
+    }
+
+    fn packed_axis(self, argument: &'static str, view: &View, parts: i64) -> Result<usize> {
+        let (axis, first) = if self.varlen { (1, "total") } else { (2, "batch, seqlen") };
+        if view.shape().len() == axis + 3 && view.shape()[axis] == parts {
+            return Ok(axis);
+        }
+        Err(Error::Problem(core::Error::Shape {
+            argument,
+            got: view.shape_text(),
+            allowed: format!("{} dimensions ({first}, {parts}, heads, head_dim)", axis + 3),
+        }))
+    }
+
+    /// q, k and v as torch tensors: views of what came packed.
+    pub fn unpack<'py>(self, tensors: &Tensors<Bound<'py, PyAny>>) -> Result<[Bound<'py, PyAny>; 3]> {
+        let unbind = |packed: &Bound<'py, PyAny>| -> PyResult<Vec<Bound<'py, PyAny>>> {
+            packed.call_method1("unbind", (-3,))?.try_iter()?.collect()
+        };
+        let parts = match (self.packing, &tensors.k, &tensors.v) {
+            (Packing::Separate, Some(k), Some(v)) => vec![tensors.q.clone(), k.clone(), v.clone()],
+            (Packing::KeyValue, Some(kv), _) => [vec![tensors.q.clone()], unbind(kv)?].concat(),
+            _ => unbind(&tensors.q)?,
+        };
+        parts.try_into().map_err(|_| self.wrong_parts(tensors))
+    }
+
+    fn wrong_parts(self, tensors: &Tensors<Bound<'_, PyAny>>) -> Error {
+        let packed = tensors.k.as_ref().unwrap_or(&tensors.q);
+        let (argument, parts) = if self.packing == Packing::All { ("qkv", 3) } else { ("kv", 2) };
+        let shape = packed.getattr("shape").and_then(|shape| PyResult::Ok(shape.str()?.to_string()));
+        Error::Problem(core::Error::Shape {
+            argument,
+            got: shape.unwrap_or_default(),
+            allowed: format!("size {parts} in the third dimension from the end"),
+        })
+    }
+}

@@ -1,0 +1,151 @@
+//! The functions behind every attention call: the direct lane for plain CPU tensors, the operator for the rest.
+
+use mtlflashattn_core as core;
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyTuple;
+
+use crate::arguments;
+use crate::call::{Numbers, Tensors, describe};
+use crate::error::{Error, Result, guard};
+use crate::execute::{execute, read_plain, unreadable};
+use crate::form::Form;
+use crate::operator;
+use crate::tensor::View;
+use crate::torch::Torch;
+
+/// Attention as the public functions ask for it. `packing` counts the tensors that came as one: 1 is q, k, v; 2 is q, kv;
+/// 3 is qkv. Returns out, or (out, lse) when `return_lse`.
+#[pyfunction]
+#[pyo3(signature = (packing, varlen, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+    softmax_scale, causal, window_size, softcap, alibi_slopes, bias, mask, sinks, top_left, return_lse, /))]
+#[allow(clippy::too_many_arguments, reason = "positional arguments are the quickest way into Rust")]
+pub fn forward<'py>(
+    py: Python<'py>,
+    packing: u8,
+    varlen: bool,
+    q: Bound<'py, PyAny>,
+    k: Bound<'py, PyAny>,
+    v: Bound<'py, PyAny>,
+    cu_seqlens_q: Bound<'py, PyAny>,
+    cu_seqlens_k: Bound<'py, PyAny>,
+    max_seqlen_q: &Bound<'py, PyAny>,
+    max_seqlen_k: &Bound<'py, PyAny>,
+    dropout_p: &Bound<'py, PyAny>,
+    softmax_scale: &Bound<'py, PyAny>,
+    causal: &Bound<'py, PyAny>,
+    window_size: &Bound<'py, PyAny>,
+    softcap: &Bound<'py, PyAny>,
+    alibi_slopes: Option<Bound<'py, PyAny>>,
+    bias: Option<Bound<'py, PyAny>>,
+    mask: Option<Bound<'py, PyAny>>,
+    sinks: Option<Bound<'py, PyAny>>,
+    top_left: bool,
+    return_lse: &Bound<'py, PyAny>,
+) -> PyResult<Bound<'py, PyAny>> {
+    guard(|| {
+        let torch = Torch::get(py)?;
+        let form = Form::new(packing, varlen, mask.is_some());
+        let numbers =
+            Numbers::read(form, [max_seqlen_q, max_seqlen_k], softmax_scale, causal, window_size, softcap, top_left)?;
+        arguments::dropout(dropout_p, numbers.softcap)?;
+        let want_lse = arguments::truth("return_attn_probs", return_lse)?;
+        let tensors = Tensors {
+            q,
+            k: (packing < 3).then_some(k),
+            v: (packing < 2).then_some(v),
+            cu_seqlens_q: varlen.then_some(cu_seqlens_q),
+            cu_seqlens_k: varlen.then_some(cu_seqlens_k),
+            alibi_slopes,
+            bias: mask.or(bias),
+            sinks,
+        };
+        match read_direct(py, torch, &tensors)? {
+            Some(views) => {
+                tensors.check_gradients(torch, form)?;
+                Ok(execute(py, torch, form, &numbers, tensors, views, want_lse)?.into_python(py)?)
+            }
+            None => call_operator(py, torch, form, &numbers, &tensors, want_lse),
+        }
+    })
+}
+
+/// Reads the tensors if they are plain CPU tensors and nothing wants to see the call (torch.compile is asked earlier,
+/// in Python); `None` sends the call to the operator.
+fn read_direct(py: Python<'_>, torch: &Torch, tensors: &Tensors<Bound<'_, PyAny>>) -> Result<Option<Tensors<View>>> {
+    if !tensors.named().all(|(_, tensor)| torch.is_plain(tensor)) || torch.is_watched(py)? {
+        return Ok(None);
+    }
+    tensors.try_map(|_, tensor| read_plain(torch, tensor))
+}
+
+/// Sends the call through `torch.ops.mtlflashattn.forward`.
+fn call_operator<'py>(
+    py: Python<'py>,
+    torch: &Torch,
+    form: Form,
+    numbers: &Numbers,
+    tensors: &Tensors<Bound<'py, PyAny>>,
+    want_lse: bool,
+) -> Result<Bound<'py, PyAny>> {
+    static CHECK: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    static DISPATCH: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    tensors.check_types(torch, form)?;
+    let check_tensor = CHECK.import(py, "metal_flash_attn._ops", "check_tensor")?;
+    for (name, tensor) in tensors.named() {
+        check_tensor.call1((form.public_name(name), tensor))?;
+    }
+    check_static(form, numbers, tensors)?;
+    let dispatch = DISPATCH.import(py, "metal_flash_attn._ops", "dispatch")?;
+    let arguments = operator::to_python(py, form, numbers, tensors)?;
+    let results = dispatch.call1(arguments)?;
+    Ok(if want_lse { results } else { results.get_item(0)? })
+}
+
+/// Checks the call by its metadata alone where that is at hand: no symbolic sizes, no stand-ins for tensors.
+fn check_static(form: Form, numbers: &Numbers, tensors: &Tensors<Bound<'_, PyAny>>) -> Result<()> {
+    let py = tensors.q.py();
+    let Ok(device) = tensors.q.getattr(intern!(py, "device")) else { return Ok(()) };
+    // What stands in for a tensor has no numbers as sizes.
+    let views = tensors.try_map(|_, tensor| Ok(View::describe(tensor).ok().flatten()))?;
+    let Some(views) = views else { return Ok(()) };
+    for (name, tensor) in tensors.named() {
+        let other = tensor.getattr(intern!(py, "device"))?;
+        if !other.eq(&device)? {
+            return Err(Error::Problem(core::Error::Value {
+                argument: form.public_name(name),
+                got: format!("on device {}", other.str()?.to_string_lossy()),
+                allowed: format!("{}, the device of {}", device.str()?.to_string_lossy(), form.public_name("q")),
+            }));
+        }
+    }
+    describe(form, numbers, tensors, &views).map(|_| ())
+}
+
+/// The body of the operator, for every device; gradients are settled. Takes the operator's arguments as one tuple.
+#[pyfunction]
+#[pyo3(signature = (arguments, /))]
+pub fn execute_operator<'py>(py: Python<'py>, arguments: &Bound<'py, PyTuple>) -> PyResult<Bound<'py, PyAny>> {
+    guard(|| {
+        let torch = Torch::get(py)?;
+        let (form, numbers, tensors) = operator::from_python(arguments)?;
+        let on_cpu = tensors.q.getattr(intern!(py, "is_cpu"))?.is_truthy()?;
+        let views = tensors.try_map(|name, tensor| {
+            let view = if on_cpu { read_plain(torch, tensor)? } else { View::describe(tensor)? };
+            view.map(Some).ok_or_else(|| unreadable(name))
+        })?;
+        let views = views.expect("unreadable tensors are errors");
+        Ok(execute(py, torch, form, &numbers, tensors, views, true)?.into_python(py)?)
+    })
+}
+
+/// Checks the operator's arguments as far as metadata tells; tensors with symbolic sizes pass.
+#[pyfunction]
+#[pyo3(signature = (arguments, /))]
+pub fn check_operator(arguments: &Bound<'_, PyTuple>) -> PyResult<()> {
+    guard(|| {
+        let (form, numbers, tensors) = operator::from_python(arguments)?;
+        check_static(form, &numbers, &tensors)
+    })
+}

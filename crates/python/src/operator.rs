@@ -1,0 +1,53 @@
+//! The arguments of `torch.ops.mtlflashattn.forward` as a tuple, in the order of its schema in `_ops.py`.
+
+use pyo3::exceptions::PyTypeError;
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+
+use crate::call::{Numbers, Tensors};
+use crate::error::Result;
+use crate::form::{Form, Packing};
+
+/// Writes a public call as arguments of the operator; packed tensors are taken apart.
+pub fn to_python<'py>(
+    py: Python<'py>,
+    form: Form,
+    numbers: &Numbers,
+    tensors: &Tensors<Bound<'py, PyAny>>,
+) -> Result<Bound<'py, PyTuple>> {
+    let [q, k, v] = form.unpack(tensors)?;
+    let Tensors { cu_seqlens_q, cu_seqlens_k, alibi_slopes, bias, sinks, .. } = tensors;
+    let Numbers { max_seqlen, softmax_scale, causal, window, softcap, top_left } = *numbers;
+    let (max_q, max_k) = max_seqlen;
+    let (left, right) = window;
+    // Tuples convert up to 12 items.
+    let first = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, softmax_scale).into_pyobject(py)?;
+    let second = (causal, left, right, softcap, alibi_slopes, bias, sinks, top_left).into_pyobject(py)?;
+    Ok(first.as_sequence().concat(second.as_sequence())?.to_tuple()?)
+}
+
+/// The inverse of [`to_python`]; q, k and v stay apart.
+pub fn from_python<'py>(arguments: &Bound<'py, PyTuple>) -> PyResult<(Form, Numbers, Tensors<Bound<'py, PyAny>>)> {
+    let mut items = arguments.iter();
+    let mut next = || items.next().ok_or_else(|| PyTypeError::new_err("too few arguments"));
+    let (q, k, v) = (next()?, Some(next()?), Some(next()?));
+    let (cu_seqlens_q, cu_seqlens_k) = (present(next()?), present(next()?));
+    let max_seqlen = (next()?.extract()?, next()?.extract()?);
+    let (softmax_scale, causal) = (next()?.extract()?, next()?.extract()?);
+    let (window, softcap) = ((next()?.extract()?, next()?.extract()?), next()?.extract()?);
+    let (alibi_slopes, bias, sinks) = (present(next()?), present(next()?), present(next()?));
+    let top_left = next()?.extract()?;
+    let numbers = Numbers { max_seqlen, softmax_scale, causal, window, softcap, top_left };
+    let boolean_mask = bias.as_ref().map_or(Ok(false), is_boolean)?;
+    let tensors = Tensors { q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, bias, sinks };
+    let form = Form { packing: Packing::Separate, varlen: tensors.cu_seqlens_q.is_some(), boolean_mask };
+    Ok((form, numbers, tensors))
+}
+
+fn present(object: Bound<'_, PyAny>) -> Option<Bound<'_, PyAny>> {
+    (!object.is_none()).then_some(object)
+}
+
+fn is_boolean(tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
+    Ok(tensor.getattr("dtype")?.str()?.to_string_lossy() == "torch.bool")
+}

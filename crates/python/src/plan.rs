@@ -1,0 +1,91 @@
+//! `plan()`: which tier would serve a call, and why not the others.
+
+use mtlflashattn_core::{self as core, Device};
+use pyo3::intern;
+use pyo3::prelude::*;
+
+use crate::call::{Numbers, Tensors, describe};
+use crate::error::{Error, guard};
+use crate::execute::{cpu_device, isa};
+use crate::form::Form;
+use crate::settings;
+use crate::tensor::View;
+use crate::torch::Torch;
+
+/// Which tier serves a call.
+#[pyclass(frozen, module = "metal_flash_attn", get_all, eq)]
+#[derive(PartialEq)]
+pub struct Plan {
+    /// Name of the tier.
+    tier: &'static str,
+    /// Instruction set of the cpu tier; `None` for the others.
+    isa: Option<&'static str>,
+    /// Every other tier, with the reason why it does not serve.
+    reasons: Vec<(&'static str, String)>,
+}
+
+#[pymethods]
+impl Plan {
+    fn __repr__(&self) -> String {
+        let Self { tier, isa, reasons } = self;
+        let isa = isa.map_or_else(|| "None".into(), |isa| format!("'{isa}'"));
+        let reasons: Vec<String> = reasons.iter().map(|(tier, reason)| format!("('{tier}', '{reason}')")).collect();
+        format!("Plan(tier='{tier}', isa={isa}, reasons=[{}])", reasons.join(", "))
+    }
+}
+
+/// Plans a call of `attention` without computing it; tensors of any device, also meta, will do.
+#[pyfunction]
+#[pyo3(signature = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size,
+    softcap, alibi_slopes, bias, mask, sinks, top_left, /))]
+#[allow(clippy::too_many_arguments, reason = "the parts of one call")]
+pub fn plan<'py>(
+    py: Python<'py>,
+    q: Bound<'py, PyAny>,
+    k: Bound<'py, PyAny>,
+    v: Bound<'py, PyAny>,
+    cu_seqlens_q: Option<Bound<'py, PyAny>>,
+    cu_seqlens_k: Option<Bound<'py, PyAny>>,
+    max_seqlen_q: &Bound<'py, PyAny>,
+    max_seqlen_k: &Bound<'py, PyAny>,
+    softmax_scale: &Bound<'py, PyAny>,
+    causal: &Bound<'py, PyAny>,
+    window_size: &Bound<'py, PyAny>,
+    softcap: &Bound<'py, PyAny>,
+    alibi_slopes: Option<Bound<'py, PyAny>>,
+    bias: Option<Bound<'py, PyAny>>,
+    mask: Option<Bound<'py, PyAny>>,
+    sinks: Option<Bound<'py, PyAny>>,
+    top_left: bool,
+) -> PyResult<Plan> {
+    guard(|| {
+        let torch = Torch::get(py)?;
+        let form = Form::new(1, cu_seqlens_q.is_some(), mask.is_some());
+        let lengths = [max_seqlen_q, max_seqlen_k];
+        let numbers = Numbers::read(form, lengths, softmax_scale, causal, window_size, softcap, top_left)?;
+        let bias = mask.or(bias);
+        let tensors = Tensors { q, k: Some(k), v: Some(v), cu_seqlens_q, cu_seqlens_k, alibi_slopes, bias, sinks };
+        tensors.check_types(torch, form)?;
+        let views = tensors.try_map(|_, tensor| Ok(View::describe(tensor)?))?.ok_or_else(symbolic)?;
+        let problem = describe(form, &numbers, &tensors, &views)?.problem;
+        let on_cpu = tensors.q.getattr(intern!(py, "is_cpu"))?.is_truthy()?;
+        let settings = settings::current(py, false)?;
+        let isa = isa(&settings)?;
+        let device = if on_cpu { cpu_device(isa, torch.num_threads(py)?) } else { Device::Torch };
+        let plan = core::Plan::new(&problem, device, &settings)?;
+        let passed_over = plan.passed_over(device, &settings);
+        Ok(Plan {
+            tier: plan.tier.name(),
+            isa: plan.cpu.is_some().then(|| isa.name()),
+            reasons: passed_over.into_iter().map(|(tier, reason)| (tier.name(), reason.to_string())).collect(),
+        })
+    })
+}
+
+fn symbolic() -> Error {
+    Error::Problem(core::Error::Unsupported {
+        argument: "q, k, v",
+        got: "a plan for symbolic sizes".into(),
+        instead: "pass tensors whose sizes are known".into(),
+    })
+}

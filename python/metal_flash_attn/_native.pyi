@@ -1,0 +1,133 @@
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, final
+
+from torch import Tensor
+from typing_extensions import Self
+
+@final
+class Plan:
+    """Which tier serves a call."""
+
+    @property
+    def tier(self) -> str:
+        """Name of the tier."""
+    @property
+    def isa(self) -> str | None:
+        """Instruction set of the cpu tier; None for the others."""
+    @property
+    def reasons(self) -> list[tuple[str, str]]:
+        """Every other tier, with the reason why it does not serve."""
+
+@final
+class TraceEntry:
+    """Calls of one shape that one tier served."""
+
+    @property
+    def calls(self) -> int:
+        """How many there were."""
+    @property
+    def dtype(self) -> str:
+        """Element type of q, k and v, as torch names it."""
+    @property
+    def head_dim(self) -> int:
+        """Head dimension of q and k."""
+    @property
+    def value_dim(self) -> int:
+        """Head dimension of v and the output."""
+    @property
+    def query_len(self) -> int:
+        """Queries of the longest sequence."""
+    @property
+    def key_len(self) -> int:
+        """Keys of the longest sequence."""
+    @property
+    def causal(self) -> bool:
+        """Whether keys after the diagonal were hidden."""
+    @property
+    def tier(self) -> str:
+        """The tier that served."""
+
+@final
+class Trace:
+    """Counts the attention calls of the process while its `with` block is open."""
+
+    def __new__(cls) -> Self: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        *_exception: type[BaseException] | BaseException | TracebackType | None,
+    ) -> None: ...
+    @property
+    def calls(self) -> list[TraceEntry]:
+        """What was counted so far, most frequent first."""
+    def summary(self) -> str:
+        """The same as a table; empty when there were no calls."""
+
+def forward(
+    packing: int,
+    varlen: bool,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Sequence[int] | Tensor,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    top_left: bool,
+    return_lse: bool,
+    /,
+) -> Any:
+    """Attention as the public functions ask for it.
+
+    `packing` counts the tensors that came as one: 1 is q, k, v; 2 is q, kv (as k); 3 is qkv (as q).
+    Returns out, or (out, lse) with `return_lse`.
+    """
+
+def execute_operator(arguments: tuple[Any, ...], /) -> tuple[Tensor, Tensor]:
+    """The body of `torch.ops.mtlflashattn.forward`; takes its arguments as one tuple."""
+
+def check_operator(arguments: tuple[Any, ...], /) -> None:
+    """Checks the arguments of `torch.ops.mtlflashattn.forward` without reading tensor contents."""
+
+def plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Sequence[int] | Tensor,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    top_left: bool,
+    /,
+) -> Plan:
+    """Plans a call of `attention` without computing it."""
+
+def instruction_sets() -> list[str]:
+    """Names of the instruction sets that this machine can run, best last."""
+
+def fma_peak() -> float:
+    """Measures the fused multiply-adds of one thread, times two, in GFLOP/s."""
+
+def read_bandwidth() -> float:
+    """Measures the read bandwidth of one thread over uncached memory, in GB/s."""
+
+def _panic() -> None:
+    """Panics in Rust, so that tests can see what becomes of it."""
