@@ -1,0 +1,266 @@
+"""The functions of `flash_attn.flash_attn_interface` 2.8.3.
+
+Besides the public functions these are the ones that other projects import from here: the forward
+and backward passes as single steps, their `_wrapped_` names, small helpers, and the names of 1.x.
+"""
+
+# ruff: noqa: ARG001 (the arguments are flash_attn's, whether they are used here or not)
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from metal_flash_attn import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+)
+
+from ._version_1 import (
+    flash_attn_unpadded_func,
+    flash_attn_unpadded_kvpacked_func,
+    flash_attn_unpadded_qkvpacked_func,
+)
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_unpadded_func",
+    "flash_attn_unpadded_kvpacked_func",
+    "flash_attn_unpadded_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+    "maybe_contiguous",
+    "round_multiple",
+]
+
+
+def maybe_contiguous(x: Tensor | None) -> Tensor | None:
+    """`x`, copied unless the elements of its last dimension lie side by side; None stays None."""
+    return x.contiguous() if x is not None and x.stride(-1) != 1 else x
+
+
+def round_multiple(x: int, m: int) -> int:
+    """`x` rounded up to a multiple of `m`."""
+    return -(-x // m) * m
+
+
+def _get_block_size_n(
+    device: torch.device | str, head_dim: int, is_dropout: bool, is_causal: bool
+) -> int:
+    """Keys per tile of flash_attn's CUDA kernels on an A100 or H100.
+
+    Callers lay out dropout masks by it. Kernels here have tiles of their own.
+
+    Raises:
+        ValueError: `head_dim` exceeds 256.
+    """
+    if head_dim > 256:
+        raise ValueError(f"head_dim must be at most 256, got {head_dim}")
+    if head_dim <= 32:
+        return 128
+    if head_dim <= 64:
+        return 64 if is_dropout else 128
+    return 32 if is_dropout and 96 < head_dim <= 128 else 64
+
+
+def _flash_attn_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    return_softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`flash_attn_func` as a single step that returns what a backward pass needs.
+
+    The arguments mean what they mean there, the two halves of the window apart. A `dropout_p` too
+    small to change `1 - dropout_p` counts as 0. `return_softmax` changes nothing, because without
+    dropout there are no probabilities to return.
+
+    Returns:
+        out `[batch, query_len, heads, head_dim]`; the log-sum-exp, fp32 `[batch, heads,
+        query_len]`; an empty tensor where dropout would leave its mask; and the state of its
+        random numbers, int64 `[2]`, zero.
+
+    Raises:
+        Whatever `flash_attn_func` raises.
+    """
+    out, softmax_lse, probabilities = flash_attn_func(
+        q,
+        k,
+        v,
+        dropout_p=_effective(dropout_p),
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=(window_size_left, window_size_right),
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        return_attn_probs=True,
+    )
+    return out, softmax_lse, probabilities, _no_random_state(q)
+
+
+def _flash_attn_varlen_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_softmax: bool = False,
+    block_table: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    zero_tensors: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`flash_attn_varlen_func` as a single step that returns what a backward pass needs.
+
+    The arguments mean what they mean there, the two halves of the window apart. A `dropout_p` too
+    small to change `1 - dropout_p` counts as 0. `return_softmax` changes nothing, because without
+    dropout there are no probabilities to return. `block_table`, `leftpad_k` and `seqused_k` must
+    be None. `zero_tensors` gives queries beyond the last sequence output 0 and log-sum-exp -inf.
+
+    Returns:
+        out `[tokens, heads, head_dim]`; the log-sum-exp, fp32 `[heads, tokens]`; an empty tensor
+        where dropout would leave its mask; and the state of its random numbers, int64 `[2]`, zero.
+
+    Raises:
+        NotImplementedError: `block_table`, `leftpad_k` or `seqused_k` is given.
+        Whatever `flash_attn_varlen_func` raises.
+    """
+    paging = {"block_table": block_table, "leftpad_k": leftpad_k, "seqused_k": seqused_k}
+    for name, value in paging.items():
+        if value is not None:
+            raise NotImplementedError(
+                f"{name} is not supported by _flash_attn_varlen_forward; pass {name}=None with "
+                "keys and values packed sequence by sequence"
+            )
+    out, softmax_lse, probabilities = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=_effective(dropout_p),
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=(window_size_left, window_size_right),
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        return_attn_probs=True,
+    )
+    if zero_tensors:
+        end = int(cu_seqlens_q[-1])
+        out[end:] = 0
+        softmax_lse[:, end:] = -torch.inf
+    return out, softmax_lse, probabilities, _no_random_state(q)
+
+
+def _flash_attn_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    rng_state: Tensor | None = None,
+) -> Tensor:
+    """Gradients of `_flash_attn_forward`, not available yet.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    _no_backward("_flash_attn_backward")
+
+
+def _flash_attn_varlen_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    rng_state: Tensor | None = None,
+    zero_tensors: bool = False,
+) -> Tensor:
+    """Gradients of `_flash_attn_varlen_forward`, not available yet.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    _no_backward("_flash_attn_varlen_backward")
+
+
+# flash_attn registers these as torch operators; here the public functions compile by themselves.
+_wrapped_flash_attn_forward = _flash_attn_forward
+_wrapped_flash_attn_varlen_forward = _flash_attn_varlen_forward
+_wrapped_flash_attn_backward = _flash_attn_backward
+_wrapped_flash_attn_varlen_backward = _flash_attn_varlen_backward
+
+
+def _effective(dropout_p: float) -> float:
+    # diffusers passes 1e-30 to make flash_attn return the log-sum-exp.
+    return 0.0 if 1.0 - dropout_p == 1.0 else dropout_p
+
+
+def _no_random_state(q: Tensor) -> Tensor:
+    return torch.zeros(2, dtype=torch.int64, device=q.device)
+
+
+def _no_backward(name: str) -> NoReturn:
+    raise NotImplementedError(
+        f"{name}: mtlflashattn has no backward pass; for training use "
+        "torch.nn.functional.scaled_dot_product_attention"
+    )

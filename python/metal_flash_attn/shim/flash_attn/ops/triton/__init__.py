@@ -1,0 +1,1 @@
+"""The operations that flash_attn writes in Triton, in plain torch."""

@@ -1,0 +1,228 @@
+"""flash_attn.flash_attn_interface: single steps, helpers and the names of 1.x."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import metal_flash_attn
+import pytest
+import torch
+from metal_flash_attn.shim.flash_attn import flash_attn_interface as interface
+from torch import Tensor
+
+FUNCTIONS = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+]
+WRAPPED = [
+    "flash_attn_forward",
+    "flash_attn_varlen_forward",
+    "flash_attn_backward",
+    "flash_attn_varlen_backward",
+]
+
+
+@pytest.fixture
+def packed() -> dict[str, Any]:
+    """Three sequences, one of them empty."""
+    cu_seqlens = torch.tensor([0, 5, 5, 12], dtype=torch.int32)
+    q, k, v = (torch.randn(12, 4, 16) for _ in range(3))
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "cu_seqlens_q": cu_seqlens,
+        "cu_seqlens_k": cu_seqlens.clone(),
+        "max_seqlen_q": 7,
+        "max_seqlen_k": 7,
+    }
+
+
+def dense() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(2, 5, 4, 16), torch.randn(2, 9, 2, 16), torch.randn(2, 9, 2, 16)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_public_functions_are_the_ones_of_the_package(name: str) -> None:
+    assert getattr(interface, name) is getattr(metal_flash_attn, name)
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_the_wrapped_names(name: str) -> None:
+    assert getattr(interface, f"_wrapped_{name}") is getattr(interface, f"_{name}")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [(-1, -1), (2, 1)])
+@pytest.mark.parametrize("dropout_p", [0.0, 1e-30])
+@pytest.mark.parametrize("return_softmax", [False, True])
+def test_forward(
+    causal: bool, window: tuple[int, int], dropout_p: float, return_softmax: bool
+) -> None:
+    q, k, v = dense()
+    expected = metal_flash_attn.flash_attn_func(
+        q, k, v, softmax_scale=0.3, causal=causal, window_size=window, return_attn_probs=True
+    )
+    out, lse, probabilities, rng_state = interface._flash_attn_forward(
+        q, k, v, dropout_p, 0.3, causal, *window, 0.0, None, return_softmax
+    )
+    assert torch.equal(out, expected[0])
+    assert torch.equal(lse, expected[1])
+    assert lse.shape == (2, 4, 5)
+    assert lse.dtype == torch.float32
+    assert probabilities.numel() == 0
+    assert rng_state.dtype == torch.int64
+    assert rng_state.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_varlen_forward(packed: dict[str, Any], causal: bool) -> None:
+    expected = metal_flash_attn.flash_attn_varlen_func(
+        **packed, softmax_scale=0.3, causal=causal, window_size=(3, -1), return_attn_probs=True
+    )
+    out, lse, probabilities, rng_state = interface._flash_attn_varlen_forward(
+        **packed,
+        dropout_p=0.0,
+        softmax_scale=0.3,
+        causal=causal,
+        window_size_left=3,
+        window_size_right=-1,
+    )
+    assert torch.equal(out, expected[0])
+    assert torch.equal(lse, expected[1])
+    assert lse.shape == (4, 12)
+    assert probabilities.numel() == 0
+    assert rng_state.tolist() == [0, 0]
+
+
+def test_zero_tensors_clears_what_follows_the_last_sequence(packed: dict[str, Any]) -> None:
+    packed["cu_seqlens_q"] = packed["cu_seqlens_k"] = torch.tensor([0, 5, 9], dtype=torch.int32)
+    out, lse, *_ = interface._flash_attn_varlen_forward(
+        **packed, dropout_p=0.0, softmax_scale=None, causal=False, zero_tensors=True
+    )
+    assert not bool(out[9:].any())
+    assert bool((lse[:, 9:] == -torch.inf).all())
+    assert bool(out[:9].any(-1).all())
+    assert bool(lse[:, :9].isfinite().all())
+
+
+@pytest.mark.parametrize("name", ["block_table", "leftpad_k", "seqused_k"])
+def test_paging_is_refused_by_name(packed: dict[str, Any], name: str) -> None:
+    value: Any = {name: torch.zeros(3, dtype=torch.int32)}
+    with pytest.raises(NotImplementedError, match=f"{name} is not supported"):
+        interface._flash_attn_varlen_forward(
+            **packed, dropout_p=0.0, softmax_scale=None, causal=False, **value
+        )
+
+
+@pytest.mark.parametrize("name", ["_flash_attn_backward", "_flash_attn_varlen_backward"])
+def test_backward_says_what_to_do(name: str) -> None:
+    function = getattr(interface, name)
+    required = [x for x in inspect.signature(function).parameters.values() if x.default is x.empty]
+    with pytest.raises(NotImplementedError, match=rf"{name}.*scaled_dot_product_attention"):
+        function(*[None] * len(required))
+
+
+def test_signatures_are_the_ones_of_flash_attn() -> None:
+    def names(function: Any) -> list[str]:
+        return list(inspect.signature(function).parameters)
+
+    tail = ["dropout_p", "softmax_scale", "causal", "window_size_left", "window_size_right"]
+    tail += ["softcap", "alibi_slopes"]
+    lengths = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
+    gradients = ["dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv"]
+    assert names(interface._flash_attn_forward) == ["q", "k", "v", *tail, "return_softmax"]
+    assert names(interface._flash_attn_varlen_forward) == [
+        *["q", "k", "v", *lengths, *tail, "return_softmax"],
+        *["block_table", "leftpad_k", "seqused_k", "zero_tensors"],
+    ]
+    end = [*tail, "deterministic", "rng_state"]
+    assert names(interface._flash_attn_backward) == [*gradients, *end]
+    assert names(interface._flash_attn_varlen_backward) == [
+        *[*gradients, *lengths, *end],
+        "zero_tensors",
+    ]
+
+
+def test_maybe_contiguous() -> None:
+    x = torch.randn(3, 4)
+    assert interface.maybe_contiguous(x) is x
+    copied = interface.maybe_contiguous(x.T)
+    assert copied is not None
+    assert copied.stride(-1) == 1
+    assert torch.equal(copied, x.T)
+    assert interface.maybe_contiguous(None) is None
+
+
+def test_round_multiple() -> None:
+    assert [interface.round_multiple(x, 128) for x in (0, 1, 128, 129)] == [0, 128, 128, 256]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "is_dropout", "expected"),
+    [
+        *[(32, False, 128), (32, True, 128), (64, False, 128), (64, True, 64)],
+        *[(96, False, 64), (96, True, 64), (128, False, 64), (128, True, 32)],
+        *[(160, True, 64), (192, False, 64), (256, True, 64)],
+    ],
+)
+def test_block_sizes(head_dim: int, is_dropout: bool, expected: int) -> None:
+    assert interface._get_block_size_n("cpu", head_dim, is_dropout, False) == expected
+
+
+def test_block_sizes_end_at_256() -> None:
+    with pytest.raises(ValueError, match=r"head_dim .* got 257"):
+        interface._get_block_size_n("cpu", 257, False, False)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_names_of_version_1(packed: dict[str, Any], causal: bool) -> None:
+    q, k, v, cu_q, cu_k, max_q, max_k = packed.values()
+    expected: Any = metal_flash_attn.flash_attn_varlen_func(
+        **packed, softmax_scale=0.3, causal=causal
+    )
+    kv, qkv = torch.stack((k, v), 1), torch.stack((q, k, v), 1)
+    # Positions as in 1.x: dropout_p has no default, and deterministic comes last.
+    tail: Any = (0.0, 0.3, causal, False, True)
+    lengths = (cu_q, cu_k, max_q, max_k)
+    outputs = [
+        interface.flash_attn_unpadded_func(q, k, v, *lengths, *tail),
+        interface.flash_attn_unpadded_kvpacked_func(q, kv, *lengths, *tail),
+        interface.flash_attn_unpadded_qkvpacked_func(qkv, cu_q, max_q, *tail),
+    ]
+    for out in outputs:
+        assert torch.equal(out, expected)
+
+
+def test_the_causal_mask_of_version_1_is_refused_where_it_differs(packed: dict[str, Any]) -> None:
+    packed["cu_seqlens_q"] = torch.tensor([0, 5, 6, 12], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match=r"causal.*top left.*flash_attn_varlen_func"):
+        interface.flash_attn_unpadded_func(**packed, dropout_p=0.0, causal=True)
+    packed["kv"] = torch.stack((packed.pop("k"), packed.pop("v")), 1)
+    with pytest.raises(NotImplementedError, match=r"causal.*flash_attn_varlen_kvpacked_func"):
+        interface.flash_attn_unpadded_kvpacked_func(**packed, dropout_p=0.0, causal=True)
+    out = interface.flash_attn_unpadded_kvpacked_func(**packed, dropout_p=0.0)
+    assert out.shape == (12, 4, 16)
+
+
+def test_the_probabilities_of_version_1_are_refused(packed: dict[str, Any]) -> None:
+    q, k, v, cu_seqlens, *_ = packed.values()
+    kv, qkv = torch.stack((k, v), 1), torch.stack((q, k, v), 1)
+    lengths = (cu_seqlens, cu_seqlens, 7, 7)
+    for call in (
+        lambda: interface.flash_attn_unpadded_func(q, k, v, *lengths, 0.0, return_attn_probs=True),
+        lambda: interface.flash_attn_unpadded_kvpacked_func(
+            q, kv, *lengths, 0.0, return_attn_probs=True
+        ),
+        lambda: interface.flash_attn_unpadded_qkvpacked_func(
+            qkv, cu_seqlens, 7, 0.0, return_attn_probs=True
+        ),
+    ):
+        with pytest.raises(NotImplementedError, match="return_attn_probs"):
+            call()
