@@ -196,6 +196,40 @@ proptest! {
     }
 }
 
+/// Exact functions, one block.
+const PLAIN: Arithmetic = Arithmetic { key_block: 128, split: usize::MAX, error: 0.0, random: false };
+
+/// Largest errors over a few random inputs, with `edit` applied to each, in units of the bounds.
+fn worst_of_many(spec: &Spec, edit: fn(&mut Case)) -> (f64, f64) {
+    let ratios = (0..32).map(|seed| {
+        let mut case = Case::new(&Spec { seed, ..spec.clone() });
+        edit(&mut case);
+        error_bounds(&case.problem, &case.inputs())
+            .worst(&forward(&case.problem, &case.inputs()), &float32(&case, PLAIN))
+    });
+    ratios.fold((0.0, 0.0), |worst, (out, lse)| (f64::max(worst.0, out), f64::max(worst.1, lse)))
+}
+
+#[test]
+fn each_part_of_a_score_is_covered_and_not_much_more() {
+    // Equal addends round alike, which is why the bound of the dot product and of the sum is the worst case.
+    let constant = Spec { spread: 0.0, ..Spec::plain(1, 1, 512) };
+    let many_keys = Spec { spread: 0.0, ..Spec::plain(1, 4000, 1) };
+    // Large terms that are nearly equal for all keys move weights without deciding them.
+    let bias = Spec { bias: true, ..Spec::plain(4, 8, 1) };
+    let alibi = Spec { alibi: true, ..Spec::plain(3000, 4, 1) };
+    for (name, spec, edit) in [
+        ("dot product", constant, (|_| ()) as fn(&mut Case)),
+        ("sum", many_keys, |_| ()),
+        ("bias", bias, |case| case.bias.as_mut().unwrap().iter_mut().for_each(|b| *b = round(Dtype::F32, *b + 3e3))),
+        ("ALiBi", alibi, |_| ()),
+    ] {
+        let (out, lse) = worst_of_many(&spec, edit);
+        assert!(out <= 1.0 && lse <= 1.0, "{name}: {out} and {lse} times the bound");
+        assert!(out.max(lse) >= 0.05, "{name}: only {out} and {lse} of the bound");
+    }
+}
+
 /// One way to be wrong, as the right answer to another problem.
 struct Bug {
     name: &'static str,
