@@ -4,8 +4,8 @@
 //! It reads the rounded inputs (the reference gets the same values), computes in float32 with unit roundoff `u = 2^-24`,
 //! sums in any order, keeps probabilities in float32 and rounds once, at the end, to the output type. It folds factors
 //! such as `scale * log2(e)` wherever it likes and works in units of `log2`. Its `exp2` has a relative error of at most
-//! 2^-21 and may return 0 below 2^-126; its `tanh` and `log2` have an absolute error of at most 2^-21. It rescales what it has
-//! accumulated at most once for every 16 keys. No other step under- or overflows.
+//! 2^-21 and may return 0 below 2^-126; its `tanh` and `log2` have an absolute error of at most 2^-21. It rescales what
+//! it has accumulated at most once for every 16 keys. No other step under- or overflows.
 //!
 //! # Derivation
 //! `gamma(n) = n u / (1 - n u)` bounds the relative error of a sum or product of `n` roundings in any order, and so that
@@ -59,8 +59,8 @@ pub struct Bounds {
 }
 
 impl Bounds {
-    /// Largest errors of `got.out` and of `got.lse` in units of their bounds: a right answer has none above 1. Infinite for
-    /// NaN, and where a value that must be exact is not.
+    /// Largest errors of `got.out` and of `got.lse` in units of their bounds: a right answer has none above 1. Infinite
+    /// for NaN, and where a value that must be exact is not.
     ///
     /// # Panics
     /// When `got` does not have the sizes of the bounds.
