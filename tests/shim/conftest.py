@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,19 @@ def run(site: Path) -> Run:
         prelude = PRELUDE.format(
             before=[*map(str, before)], after=[str(site), *map(str, after)], install=install
         )
+        return run_child(["-S", "-c", prelude + REPORT + code], env)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def run_installed() -> Run:
+    """As `run`, but with the package, torch and what else is installed beside them."""
+    specs = [find_spec(name) for name in ("metal_flash_attn", "torch")]
+    places = [str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin]
+
+    def call(code: str, **env: str) -> Any:
+        prelude = PRELUDE.format(before=[], after=[str(PURELIB), *places], install=True)
         return run_child(["-S", "-c", prelude + REPORT + code], env)
 
     return call

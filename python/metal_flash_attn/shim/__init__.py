@@ -61,7 +61,7 @@ def uninstall() -> None:
     if "_mtlflashattn_denial" in sys.modules:
         _mtlflashattn_finder.load_part("denial").unguard_imports()
     is_ours = _mtlflashattn_finder.load_part("resolution").is_ours
-    for top_level in _mtlflashattn_finder.SERVED_NAMES:
+    for top_level in ("flash_attn", "flash_attn_2_cuda"):
         module = sys.modules.get(top_level)
         if module is None or not is_ours(module):
             continue
@@ -73,11 +73,11 @@ def status() -> ShimStatus:
     """What `import flash_attn` finds in this process, and why. Imports nothing of flash_attn."""
     import _mtlflashattn_finder
 
-    mode = _mtlflashattn_finder.mode()
+    load_part = _mtlflashattn_finder.load_part
+    mode = load_part("settings").mode()
     finder = _mtlflashattn_finder.installed()
-    active = finder is not None and finder.active()
-    asked = finder if finder is not None else _mtlflashattn_finder.ShimFinder()
-    found = _mtlflashattn_finder.load_part("resolution").resolve(asked)
+    active = finder is not None and load_part("serving").is_active(finder)
+    found = load_part("resolution").resolve(finder)
     if found.finds == "ours" and not active and "flash_attn" not in sys.modules:
         return ShimStatus(mode, active, "none", None, _why_inactive(mode, finder is not None))
     return ShimStatus(mode, active, found.finds, found.location, found.reason)

@@ -15,7 +15,7 @@ import sys
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-import _mtlflashattn_finder
+from _mtlflashattn_finder import load_part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Frames of the import system and of metadata look-ups stand between the finder and who asked.
 _MACHINERY = frozenset(
     {"importlib", "_frozen_importlib", "_frozen_importlib_external", "importlib_metadata"}
-    | {"_mtlflashattn_finder", __name__}
+    | {"_mtlflashattn_finder", "_mtlflashattn_serving", __name__}
 )
 _originals: list[tuple[Any, str, Callable[..., Any]]] = []
 
@@ -45,7 +45,7 @@ def is_denied(module_globals: Mapping[str, Any]) -> bool:
     """
     spec_name = getattr(module_globals.get("__spec__"), "name", None)
     names = (module_globals.get("__name__"), module_globals.get("__package__"), spec_name)
-    entries = [x.strip() for x in _mtlflashattn_finder.deny_list().split(",") if x.strip()]
+    entries = load_part("settings").denied_names()
     return any(
         # ComfyUI names the module of a custom node after its whole path: the last part counts.
         f"{PurePath(name).name}.".startswith(f"{entry}.")
@@ -113,14 +113,11 @@ def _guarded_find_spec(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _hidden(name: str, module_globals: Mapping[str, Any] | None) -> bool:
     """Whether `name` is ours and the module with these globals must not see it."""
-    top_level = _top_level(name)
-    if top_level not in _mtlflashattn_finder.SERVED_NAMES or module_globals is None:
+    resolution = load_part("resolution")
+    loaded = sys.modules.get(_top_level(name))
+    if module_globals is None or loaded is None or not resolution.is_ours(loaded):
         return False
-    loaded = sys.modules.get(top_level)
-    if loaded is None:
-        return False
-    resolution = _mtlflashattn_finder.load_part("resolution")
-    return bool(resolution.is_ours(loaded)) and is_denied(module_globals)
+    return is_denied(module_globals)
 
 
 def _top_level(name: Any) -> str:

@@ -6,10 +6,11 @@ Loaded by `_mtlflashattn_finder`, so it imports the standard library only and ne
 from __future__ import annotations
 
 import sys
+import threading
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import spec_from_file_location
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -20,11 +21,8 @@ PACKAGE_FILE = str(_SHIM_DIRECTORY / "flash_attn" / "__init__.py")
 MARKER_FILE = str(_SHIM_DIRECTORY / "flash_attn_2_cuda.py")
 
 
-class Finder(Protocol):
-    """What is used of the finder on `sys.meta_path`."""
-
-    def find_elsewhere(self, name: str) -> ModuleSpec | None:
-        """What an import would find without that finder."""
+# Threads in which the finders are being asked on our behalf.
+_asking: set[int] = set()
 
 
 class Resolution(NamedTuple):
@@ -36,11 +34,11 @@ class Resolution(NamedTuple):
     spec: ModuleSpec | None = None
 
 
-def resolve(finder: Finder) -> Resolution:
+def resolve(finder: object) -> Resolution:
     """What `import flash_attn` finds, the settings aside. Nothing is imported."""
     if "flash_attn" in sys.modules:
         return _resolve_loaded(sys.modules["flash_attn"])
-    elsewhere = finder.find_elsewhere("flash_attn")
+    elsewhere = find_elsewhere(finder, "flash_attn")
     if elsewhere is not None and _is_somebodys(elsewhere):
         return Resolution("real", _location(elsewhere), "a flash_attn is installed", elsewhere)
     cute = _flash_attention_4_directories(elsewhere)
@@ -52,7 +50,7 @@ def resolve(finder: Finder) -> Resolution:
     return Resolution("ours", PACKAGE_FILE, reason, _package_spec(cute))
 
 
-def find_spec(finder: Finder, name: str) -> ModuleSpec | None:
+def find_spec(finder: object, name: str) -> ModuleSpec | None:
     """The spec of our module `name`; None where the answer is somebody else's."""
     if name == "flash_attn":
         loaded = sys.modules.get(name)
@@ -64,9 +62,29 @@ def find_spec(finder: Finder, name: str) -> ModuleSpec | None:
     if name == "flash_attn":
         return resolution.spec
     # The marker goes with our flash_attn, and an installed extension module of that name wins.
-    if finder.find_elsewhere(name) is not None:
+    if find_elsewhere(finder, name) is not None:
         return None
     return spec_from_file_location(name, MARKER_FILE)
+
+
+def find_elsewhere(finder: object, name: str) -> ModuleSpec | None:
+    """What `import name` would find if this finder did not exist."""
+    thread = threading.get_ident()
+    _asking.add(thread)
+    try:
+        for other in list(sys.meta_path):
+            ask = getattr(other, "find_spec", None)
+            spec: ModuleSpec | None = None if other is finder or ask is None else ask(name, None)
+            if spec is not None:
+                return spec
+        return None
+    finally:
+        _asking.discard(thread)
+
+
+def is_asking() -> bool:
+    """Whether the current thread is within `find_elsewhere`."""
+    return threading.get_ident() in _asking
 
 
 def is_ours(module: ModuleType) -> bool:

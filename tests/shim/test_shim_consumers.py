@@ -1,0 +1,166 @@
+"""The whole shim with torch, and the probes of the projects that import flash_attn."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+
+SERVED = [
+    "flash_attn",
+    "flash_attn.bert_padding",
+    "flash_attn.flash_attn_interface",
+    "flash_attn.layers",
+    "flash_attn.layers.rotary",
+    "flash_attn.losses",
+    "flash_attn.losses.cross_entropy",
+    "flash_attn.ops",
+    "flash_attn.ops.activations",
+    "flash_attn.ops.rms_norm",
+    "flash_attn.ops.triton",
+    "flash_attn.ops.triton.cross_entropy",
+    "flash_attn.ops.triton.rotary",
+    "flash_attn_2_cuda",
+]
+
+# Lines of real projects, as they stand there.
+IMPORTS = """
+from flash_attn import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
+from flash_attn import flash_attn_varlen_func, flash_attn_varlen_kvpacked_func
+from flash_attn import flash_attn_varlen_qkvpacked_func, flash_attn_with_kvcache
+from flash_attn.bert_padding import index_first_axis, pad_input, unpad_input
+from flash_attn.bert_padding import index_put_first_axis, index_first_axis_residual
+from flash_attn.bert_padding import unpad_input_for_concatenated_sequences
+from flash_attn.flash_attn_interface import _flash_attn_backward, _flash_attn_forward
+from flash_attn.flash_attn_interface import _flash_attn_varlen_backward, _flash_attn_varlen_forward
+from flash_attn.flash_attn_interface import _wrapped_flash_attn_backward
+from flash_attn.flash_attn_interface import _wrapped_flash_attn_forward, _get_block_size_n
+from flash_attn.flash_attn_interface import flash_attn_unpadded_func, flash_attn_varlen_func
+from flash_attn.layers.rotary import ApplyRotaryEmb, ApplyRotaryEmbKV_, ApplyRotaryEmbQKV_
+from flash_attn.layers.rotary import RotaryEmbedding, apply_rotary_emb, apply_rotary_emb_func
+from flash_attn.losses.cross_entropy import CrossEntropyLoss
+from flash_attn.ops.activations import swiglu
+from flash_attn.ops.rms_norm import DropoutAddRMSNorm, RMSNorm, dropout_add_rms_norm, rms_norm
+from flash_attn.ops.triton.rotary import apply_rotary
+import flash_attn_2_cuda
+"""
+
+
+def test_everything_served_can_be_imported(run_installed: Any) -> None:
+    code = IMPORTS + (
+        """
+import pkgutil
+import flash_attn
+walked = [x.name for x in pkgutil.walk_packages(flash_attn.__path__, "flash_attn.")]
+report(sorted(x for x in [*walked, "flash_attn", "flash_attn_2_cuda"] if "._" not in x))
+"""
+    )
+    assert run_installed(code, MTLFLASHATTN_SHIM="on") == SERVED
+
+
+def test_a_call_through_flash_attn(run_installed: Any) -> None:
+    code = """
+import torch
+from flash_attn import flash_attn_func
+q, k, v = (torch.randn(2, 7, 4, 32) for _ in range(3))
+out = flash_attn_func(q, k, v, causal=True)
+expected = torch.nn.functional.scaled_dot_product_attention(
+    *(x.double().transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
+report([flash_attn_func.__module__.partition(".")[0], float((out - expected).abs().max())])
+"""
+    module, error = run_installed(code, MTLFLASHATTN_SHIM="on")
+    assert module == "metal_flash_attn"
+    # Sums over 32 features and 7 keys of numbers below 4, in fp32.
+    assert error <= (32 + 7) * 4 * 2.0**-24
+
+
+def test_classes_can_be_pickled_under_the_names_of_flash_attn(run_installed: Any) -> None:
+    code = """
+import pickle
+from flash_attn.layers.rotary import RotaryEmbedding
+copy = pickle.loads(pickle.dumps(RotaryEmbedding(8)))
+report([type(copy).__module__, type(copy) is RotaryEmbedding])
+"""
+    found = run_installed(code, MTLFLASHATTN_SHIM="on")
+    assert found == ["flash_attn.layers.rotary", True]
+
+
+def test_transformers_takes_remote_code_that_imports_flash_attn(
+    run_installed: Any, tmp_path: Any
+) -> None:
+    if find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    remote = tmp_path / "modeling_remote.py"
+    remote.write_text("import torch\nimport flash_attn\n" + IMPORTS)
+    code = f"""
+from transformers.dynamic_module_utils import check_imports
+report(check_imports({str(remote)!r}))
+"""
+    assert run_installed(code, MTLFLASHATTN_SHIM="on", HF_HUB_OFFLINE="1") == []
+
+
+def test_transformers_can_be_imported_and_asked(run_installed: Any) -> None:
+    # Some versions look flash_attn up among the distributions while they are imported, without a
+    # default (transformers issue 45520). Without CUDA every version answers no.
+    if find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    code = """
+import torch
+from transformers.utils import import_utils
+package = import_utils._is_package_available("flash_attn", return_version=True)
+available = import_utils.is_flash_attn_2_available()
+report([package, available == torch.cuda.is_available()])
+"""
+    found = run_installed(code, MTLFLASHATTN_SHIM="on", HF_HUB_OFFLINE="1")
+    assert found == [[True, "2.8.3"], True]
+
+
+def test_the_conditions_of_diffusers_hold(run_installed: Any) -> None:
+    # Package, version of the distribution, then four names; the version is at least 2.6.3.
+    code = """
+import importlib.metadata, importlib.util, inspect
+assert importlib.util.find_spec("flash_attn") is not None
+version = tuple(map(int, importlib.metadata.version("flash_attn").split(".")))
+from flash_attn import flash_attn_func, flash_attn_varlen_func
+from flash_attn.flash_attn_interface import _wrapped_flash_attn_backward
+from flash_attn.flash_attn_interface import _wrapped_flash_attn_forward
+wanted = ["q", "k", "v", "dropout_p", "softmax_scale", "causal", "window_size"]
+wanted.append("return_attn_probs")
+names = inspect.signature(flash_attn_func).parameters
+report([version >= (2, 6, 3), [x for x in wanted if x not in names]])
+"""
+    assert run_installed(code, MTLFLASHATTN_SHIM="on") == [True, []]
+
+
+def test_diffusers_runs_its_flash_backend(run_installed: Any) -> None:
+    if find_spec("diffusers") is None:
+        pytest.skip("diffusers is not installed")
+    code = """
+import torch
+from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
+q, k, v = (torch.randn(2, 64, 4, 32, dtype=torch.bfloat16) for _ in range(3))
+expected = torch.nn.functional.scaled_dot_product_attention(
+    *(x.float().transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+errors = []
+for backend in ("flash", "flash_varlen"):
+    with attention_backend(backend):
+        out = dispatch_attention_fn(q, k, v)
+    errors.append(float((out.float() - expected).abs().max()))
+report(errors)
+"""
+    # The outputs are means of numbers below 4, rounded once to bfloat16.
+    for error in run_installed(code, MTLFLASHATTN_SHIM="on", HF_HUB_OFFLINE="1"):
+        assert error <= 4 * 2.0**-8
+
+
+def test_the_probe_of_a_denied_transformers_sees_nothing(run_installed: Any) -> None:
+    if find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    code = """
+import flash_attn
+from transformers.utils import import_utils
+report(import_utils._is_package_available("flash_attn", return_version=True))
+"""
+    env = {"MTLFLASHATTN_SHIM_DENY": "transformers", "HF_HUB_OFFLINE": "1"}
+    assert run_installed(code, MTLFLASHATTN_SHIM="on", **env) == [False, "N/A"]
