@@ -1,0 +1,1 @@
+"""Side-by-side measurements against torch; `python -m bench --help`."""
