@@ -5,13 +5,16 @@ It knows nothing of metal_flash_attn: whatever `import flash_attn` finds serves 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from flash_attn import flash_attn_varlen_qkvpacked_func
 from flash_attn.bert_padding import pad_input, unpad_input
 from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Layer(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.head_count, -1))
         attention = flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, longest)
         x = self.attention_norm(x + self.projection(attention.flatten(1)))
-        return self.output_norm(x + self.down(nn.functional.gelu(self.up(x))))
+        output: torch.Tensor = self.output_norm(x + self.down(nn.functional.gelu(self.up(x))))
+        return output
 
 
 class FlashBert(nn.Module):

@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from typing import cast
 
 import metal_flash_attn
 import served
@@ -42,6 +43,7 @@ class Measurement:
     peak_bytes: int
     peak_is_exact: bool
     calls_by_tier: dict[str, int]
+    instruction_set: str | None
 
 
 def visible_pairs(start: int, end: int) -> int:
@@ -63,13 +65,16 @@ def attend(inputs: Inputs, output: torch.Tensor, chunk: int) -> Measurement:
         begin = time.perf_counter()
         for start in range(0, tokens, chunk):
             end = min(start + chunk, tokens)
-            output[:, start:end] = metal_flash_attn.flash_attn_func(
+            part = metal_flash_attn.flash_attn_func(
                 inputs.q[:, start:end], inputs.k[:, :end], inputs.v[:, :end], causal=True
             )
+            output[:, start:end] = cast("torch.Tensor", part)
             progress.update(task, advance=visible_pairs(start, end))
         seconds = time.perf_counter() - begin
         peak_bytes = memory.above_start()
-    return Measurement(seconds, peak_bytes, memory.exact, served.calls_by_tier(trace.calls))
+    calls_by_tier = served.calls_by_tier(trace.calls)
+    plan = metal_flash_attn.plan(inputs.q, inputs.k, inputs.v, causal=True)
+    return Measurement(seconds, peak_bytes, memory.exact, calls_by_tier, plan.isa)
 
 
 def rows_to_check(tokens: int, chunk: int) -> list[int]:
@@ -135,6 +140,7 @@ def print_report(inputs: Inputs, measurement: Measurement) -> None:
     held = 4 * inputs.q.numel() * inputs.q.element_size()
     score_matrix = heads * tokens * tokens * inputs.q.element_size()
     at_most = "" if measurement.peak_is_exact else "at most "
+    instructions = f", {measurement.instruction_set}" if measurement.instruction_set else ""
     tera_per_second = operations / seconds / 1e12
     print(f"  time          {seconds:.2f} s")
     print(f"  speed         {tokens / seconds:,.0f} tokens/s, {tera_per_second:.3f} TFLOP/s")
@@ -143,7 +149,7 @@ def print_report(inputs: Inputs, measurement: Measurement) -> None:
         f"{memory_text(held)} of inputs and output"
     )
     print(f"  score matrix  {memory_text(score_matrix)}, had it been held")
-    print(f"  served by     {served.describe(measurement.calls_by_tier)} calls")
+    print(f"  served by     {served.describe(measurement.calls_by_tier)} calls{instructions}")
 
 
 def make_inputs(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> Inputs:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Protocol
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from metal_flash_attn import TraceEntry
 
 EXPECTED_TIER = "cpu"
 
 
-class Entry(Protocol):
-    """What is read of an entry of `metal_flash_attn.trace()`."""
-
-    @property
-    def calls(self) -> int: ...
-
-    @property
-    def tier(self) -> str: ...
-
-
-def calls_by_tier(entries: list[Entry]) -> dict[str, int]:
+def calls_by_tier(entries: Sequence[TraceEntry]) -> dict[str, int]:
     """Number of attention calls per tier."""
     counts: Counter[str] = Counter()
     for entry in entries:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from metal_flash_attn import flash_attn_func, flash_attn_varlen_func
@@ -34,7 +34,7 @@ def flash_attention(
     causal = bool(getattr(module, "is_causal", False))
     if attention_mask is None:
         output = flash_attn_func(query, key, value, dropout, scaling, causal)
-        return output, None
+        return cast("torch.Tensor", output), None
 
     if query.shape[:2] != attention_mask.shape or key.shape[:2] != attention_mask.shape:
         raise NotImplementedError(
@@ -57,9 +57,9 @@ def flash_attention(
         softmax_scale=scaling,
         causal=causal,
     )
-    output = query.new_zeros(query.shape)
-    output[attention_mask] = packed
-    return output, None
+    padded = query.new_zeros(query.shape)
+    padded[attention_mask] = cast("torch.Tensor", packed)
+    return padded, None
 
 
 def register() -> None:

@@ -75,7 +75,7 @@ def test_sentence_encoder_matches_stock_attention(encoder_output: str) -> None:
 def test_sentence_encoder_finds_the_sentences_that_answer(encoder_output: str) -> None:
     bicycle, _, rest = encoder_output.partition("How did people learn")
     assert "mend a puncture" in bicycle
-    space = rest.partition("big telescope?")[2].partition("How do I keep pests")[0]
+    space = rest.partition("big telescope?")[2].partition("How do I keep")[0]
     assert re.search(r"^\n\s+\d\.\d+\s+Jupiter's four largest moons", space)
     cosines = [float(x) for x in re.findall(r"^ +(0\.\d{3})  ", space, flags=re.MULTILINE)]
     assert len(cosines) == 3
@@ -83,21 +83,43 @@ def test_sentence_encoder_finds_the_sentences_that_answer(encoder_output: str) -
 
 
 @needs_weights
-def test_sentence_encoder_fails_when_the_attention_is_less_than_float32() -> None:
-    half_precision = f"""
+def test_sentence_encoder_fails_when_it_should() -> None:
+    # One process for all three: importing transformers takes longer than the runs.
+    script = f"""
 import sys
 sys.path.insert(0, {str(DEMO)!r})
 sys.argv = ["sentence_encoder.py", "--sentences", "10"]
-import sentence_encoder, transformers_attention
-exact = transformers_attention.flash_attn_varlen_func
+import sentence_encoder, transformers_attention as attention
+
+def run(title):
+    status = sentence_encoder.main()
+    print("SCENARIO", title, status, file=sys.stderr, flush=True)
+
+exact = attention.flash_attn_varlen_func
 def rounded(q, k, v, *arguments, **named):
     return exact(q.half(), k.half(), v.half(), *arguments, **named).float()
-transformers_attention.flash_attn_varlen_func = rounded
-sys.exit(sentence_encoder.main())
+attention.flash_attn_varlen_func = rounded
+run("half precision")
+
+attention.flash_attn_varlen_func = exact
+register, attention.register = attention.register, lambda: None
+attention.NAME = "sdpa"
+run("stock in our place")
+
+register()
+run("ours in stock's place")
 """
-    done = run_python("-c", half_precision)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "an embedding differs by more than rounding explains" in done.stderr
+    done = run_python("-c", script)
+    assert done.returncode == 0, done.stdout + done.stderr
+    scenarios = re.findall(
+        r"FAILED: ([^\n]+)\nSCENARIO ([^\n]+) (\d)$", done.stderr, flags=re.MULTILINE
+    )
+    assert scenarios == [
+        ("an embedding differs by more than rounding explains", "half precision", "1"),
+        ("tier cpu did not serve every attention call", "stock in our place", "1"),
+        ("metal_flash_attn served the stock model too", "ours in stock's place", "1"),
+    ]
+    assert re.search(r"transformers interface +none of 6\n", done.stdout)
 
 
 @needs_weights
@@ -155,6 +177,13 @@ sys.exit(long_context.main())
     assert "a row differs by more than rounding explains" in done.stderr
 
 
+def test_long_context_fails_when_another_tier_serves() -> None:
+    done = run_demo("long_context.py", "--tokens", "512", MTLFLASHATTN_KERNEL="torch")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"served by +tier torch: 1 calls\n", done.stdout)
+    assert "tier cpu did not serve exactly 1 calls" in done.stderr
+
+
 def test_peak_memory_sees_what_was_held_and_let_go() -> None:
     done = run_python(
         "-c",
@@ -182,13 +211,13 @@ def test_both_run_and_any_failure_is_reported(
 ) -> None:
     ran: list[str] = []
 
-    def run(command: list[str | Path], check: bool) -> subprocess.CompletedProcess[str]:
+    def run(command: list[str | Path], **_: bool) -> subprocess.CompletedProcess[str]:
         script = Path(command[1]).name
         ran.append(script)
         return subprocess.CompletedProcess(command, 1 if script == failing else 0)
 
     monkeypatch.setattr(subprocess, "run", run)
-    main = runpy.run_path(str(DEMO / "__main__.py"), run_name="demo")["main"]
+    main = runpy.run_path(str(DEMO / "run.py"), run_name="demo")["main"]
     assert main() == (0 if failing is None else 1)
     assert ran == ["sentence_encoder.py", "long_context.py"]
     captured = capfd.readouterr()

@@ -1,4 +1,4 @@
-"""Runs both demonstrations, each in a process of its own: `python demo`."""
+"""Runs both demonstrations, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def main() -> int:
     for heading, script in DEMONSTRATIONS.items():
         # Flushed: the child writes to the same place.
         print(f"\n{heading}\n{'=' * len(heading)}", flush=True)
-        if subprocess.run([sys.executable, folder / script], check=False).returncode != 0:
+        command = [sys.executable, str(folder / script)]
+        if subprocess.run(command, check=False).returncode != 0:  # noqa: S603 (both paths are ours)
             failed.append(script)
     if failed:
         print(f"\nFAILED: {', '.join(failed)}", file=sys.stderr)
