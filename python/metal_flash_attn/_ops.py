@@ -21,6 +21,8 @@ _SCHEMA = """forward(
     Tensor? alibi_slopes, Tensor? bias, Tensor? sinks, bool top_left
 ) -> (Tensor out, Tensor lse)"""
 
+_MAX_DIMS = 5
+
 _LIBRARY = torch.library.Library("mtlflashattn", "DEF")
 _LIBRARY.define(" ".join(_SCHEMA.split()), tags=(torch.Tag.pt2_compliant_tag,))
 _FORWARD = torch.ops.mtlflashattn.forward.default
@@ -40,6 +42,10 @@ def check_tensor(name: str, tensor: Any) -> None:
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         kind = "quantized" if tensor.is_quantized else kind
         raise TypeError(f"{name} is a {kind} tensor; allowed: dense (torch.strided) tensors")
+    if tensor.dim() > _MAX_DIMS:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; allowed: at most {_MAX_DIMS} dimensions"
+        )
     if _needs_gradient(tensor):
         raise NotImplementedError(_NO_GRADIENT.format(name))
 

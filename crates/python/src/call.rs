@@ -48,94 +48,79 @@ impl Numbers {
     }
 }
 
-/// The tensors of a call: Python objects, or what was read from them. Packed forms put qkv into `q`, and kv into `k`.
-#[derive(Clone, Copy, Debug)]
-pub struct Tensors<T> {
-    pub q: T,
-    pub k: Option<T>,
-    pub v: Option<T>,
-    pub cu_seqlens_q: Option<T>,
-    pub cu_seqlens_k: Option<T>,
-    pub alibi_slopes: Option<T>,
-    pub bias: Option<T>,
-    pub sinks: Option<T>,
+/// A tensor argument.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Slot {
+    /// q, or qkv.
+    Q,
+    /// k, or kv.
+    K,
+    V,
+    CuSeqlensQ,
+    CuSeqlensK,
+    AlibiSlopes,
+    /// Additive bias or boolean mask.
+    Bias,
+    Sinks,
 }
 
+impl Slot {
+    pub const ALL: [Self; 8] =
+        [Self::Q, Self::K, Self::V, Self::CuSeqlensQ, Self::CuSeqlensK, Self::AlibiSlopes, Self::Bias, Self::Sinks];
+
+    /// Name in the functions that pack nothing.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Q => "q",
+            Self::K => "k",
+            Self::V => "v",
+            Self::CuSeqlensQ => "cu_seqlens_q",
+            Self::CuSeqlensK => "cu_seqlens_k",
+            Self::AlibiSlopes => "alibi_slopes",
+            Self::Bias => "bias",
+            Self::Sinks => "sinks",
+        }
+    }
+}
+
+/// The tensors of a call, as Python objects or as what was read from them. There always is a q.
+#[derive(Debug)]
+pub struct Tensors<T>([Option<T>; Slot::ALL.len()]);
+
 impl<T> Tensors<T> {
-    /// Each tensor that is there, with its name.
-    pub fn named(&self) -> impl Iterator<Item = (&'static str, &T)> {
-        let optional = [
-            ("k", &self.k),
-            ("v", &self.v),
-            ("cu_seqlens_q", &self.cu_seqlens_q),
-            ("cu_seqlens_k", &self.cu_seqlens_k),
-            ("alibi_slopes", &self.alibi_slopes),
-            ("bias", &self.bias),
-            ("sinks", &self.sinks),
-        ];
-        let present = optional.into_iter().filter_map(|(name, tensor)| Some((name, tensor.as_ref()?)));
-        std::iter::once(("q", &self.q)).chain(present)
+    /// In the order of [`Slot::ALL`].
+    pub const fn new(tensors: [Option<T>; Slot::ALL.len()]) -> Self {
+        Self(tensors)
     }
 
-    /// Visits each tensor together with its counterpart in `others`.
-    pub fn zip_mut<U>(
-        &mut self,
-        others: &mut Tensors<U>,
-        mut visit: impl FnMut(&'static str, &mut T, &mut U) -> Result<()>,
-    ) -> Result<()> {
-        visit("q", &mut self.q, &mut others.q)?;
-        for (name, one, other) in [
-            ("k", &mut self.k, &mut others.k),
-            ("v", &mut self.v, &mut others.v),
-            ("cu_seqlens_q", &mut self.cu_seqlens_q, &mut others.cu_seqlens_q),
-            ("cu_seqlens_k", &mut self.cu_seqlens_k, &mut others.cu_seqlens_k),
-            ("alibi_slopes", &mut self.alibi_slopes, &mut others.alibi_slopes),
-            ("bias", &mut self.bias, &mut others.bias),
-            ("sinks", &mut self.sinks, &mut others.sinks),
-        ] {
-            if let (Some(one), Some(other)) = (one, other) {
-                visit(name, one, other)?;
-            }
-        }
-        Ok(())
+    pub const fn none() -> Self {
+        Self([const { None }; Slot::ALL.len()])
     }
 
-    /// Applies `read` to every tensor; `None` as soon as it answers `None`.
-    pub fn try_map<U>(
-        &self,
-        mut read: impl FnMut(&'static str, &T) -> Result<Option<U>>,
-    ) -> Result<Option<Tensors<U>>> {
-        macro_rules! optional {
-            ($field:ident) => {
-                match &self.$field {
-                    None => None,
-                    Some(tensor) => match read(stringify!($field), tensor)? {
-                        None => return Ok(None),
-                        read => read,
-                    },
-                }
-            };
-        }
-        let Some(q) = read("q", &self.q)? else { return Ok(None) };
-        Ok(Some(Tensors {
-            q,
-            k: optional!(k),
-            v: optional!(v),
-            cu_seqlens_q: optional!(cu_seqlens_q),
-            cu_seqlens_k: optional!(cu_seqlens_k),
-            alibi_slopes: optional!(alibi_slopes),
-            bias: optional!(bias),
-            sinks: optional!(sinks),
-        }))
+    pub const fn get(&self, slot: Slot) -> Option<&T> {
+        self.0[slot as usize].as_ref()
+    }
+
+    pub fn set(&mut self, slot: Slot, tensor: T) {
+        self.0[slot as usize] = Some(tensor);
+    }
+
+    pub fn q(&self) -> &T {
+        self.get(Slot::Q).expect("every call has a q")
+    }
+
+    /// Each tensor that is there.
+    pub fn present(&self) -> impl Iterator<Item = (Slot, &T)> {
+        Slot::ALL.into_iter().zip(&self.0).filter_map(|(slot, tensor)| Some((slot, tensor.as_ref()?)))
     }
 }
 
 impl Tensors<Bound<'_, PyAny>> {
     /// Requires a tensor (or something that stands in for one) wherever `form` needs it.
     pub fn check_types(&self, torch: &Torch, form: Form) -> Result<()> {
-        for (name, tensor) in self.named() {
+        for (slot, tensor) in self.present() {
             if !torch.is_tensor_like(tensor)? {
-                return Err(arguments::wrong_type(form.public_name(name), tensor, "torch.Tensor"));
+                return Err(arguments::wrong_type(form.public_name(slot.name()), tensor, "torch.Tensor"));
             }
         }
         Ok(())
@@ -143,14 +128,14 @@ impl Tensors<Bound<'_, PyAny>> {
 
     /// Refuses to drop a gradient.
     pub fn check_gradients(&self, torch: &Torch, form: Form) -> Result<()> {
-        let py = self.q.py();
+        let py = self.q().py();
         if !torch.is_grad_enabled(py)? {
             return Ok(());
         }
-        for (name, tensor) in self.named() {
+        for (slot, tensor) in self.present() {
             if tensor.getattr(intern!(py, "requires_grad"))?.is_truthy()? {
                 return Err(Error::Problem(core::Error::Unsupported {
-                    argument: form.public_name(name),
+                    argument: form.public_name(slot.name()),
                     got: "a tensor that requires grad".into(),
                     instead: "call under torch.no_grad(), or pass tensor.detach()".into(),
                 }));
@@ -175,14 +160,15 @@ pub fn describe(
     objects: &Tensors<Bound<'_, PyAny>>,
     views: &Tensors<View>,
 ) -> Result<Described> {
-    let [q, k, v] = form.split(&views.q, views.k.as_ref(), views.v.as_ref())?;
-    let k_object = objects.k.as_ref().unwrap_or(&objects.q);
-    let q_meta = q.meta(float_dtype(form.public_name("q"), &q, &objects.q)?);
+    let [q, k, v] = form.split(views)?;
+    let k_object = objects.get(Slot::K).unwrap_or(objects.q());
+    let v_object = objects.get(Slot::V).unwrap_or(k_object);
+    let q_meta = q.meta(float_dtype(form.public_name("q"), &q, objects.q())?);
     let k_meta = k.meta(float_dtype(form.public_name("k"), &k, k_object)?);
-    let v_meta = v.meta(float_dtype(form.public_name("v"), &v, objects.v.as_ref().unwrap_or(k_object))?);
-    let slopes = float32("alibi_slopes", objects.alibi_slopes.as_ref(), views.alibi_slopes.as_ref())?;
-    let sinks = float32("sinks", objects.sinks.as_ref(), views.sinks.as_ref())?;
-    let bias = bias_kind(form, objects.bias.as_ref(), views.bias.as_ref())?;
+    let v_meta = v.meta(float_dtype(form.public_name("v"), &v, v_object)?);
+    let slopes = float32(Slot::AlibiSlopes, objects, views)?;
+    let sinks = float32(Slot::Sinks, objects, views)?;
+    let bias = bias_kind(form, objects, views)?;
     let options = Options {
         softmax_scale: numbers.softmax_scale,
         causal: numbers.causal,
@@ -199,18 +185,16 @@ pub fn describe(
     } else {
         Problem::dense(q_meta, k_meta, v_meta, &options)
     };
-    let problem = problem.map_err(|error| form.translate(error, &views.q, views.k.as_ref().unwrap_or(&views.q)))?;
+    let problem = problem.map_err(|error| form.translate(error, views))?;
     Ok(Described { q, k, v, problem })
 }
 
 /// Checks `cu_seqlens_*` but for their contents, and counts the sequences.
 fn sequences(form: Form, objects: &Tensors<Bound<'_, PyAny>>, views: &Tensors<View>) -> Result<usize> {
-    let query = ("cu_seqlens_q", &objects.cu_seqlens_q, &views.cu_seqlens_q);
-    let key = ("cu_seqlens_k", &objects.cu_seqlens_k, &views.cu_seqlens_k);
     let mut batch = [0; 2];
-    for (batch, (name, object, view)) in batch.iter_mut().zip([query, key]) {
-        let name = form.public_name(name);
-        let (Some(object), Some(view)) = (object, view) else {
+    for (batch, slot) in batch.iter_mut().zip([Slot::CuSeqlensQ, Slot::CuSeqlensK]) {
+        let name = form.public_name(slot.name());
+        let (Some(object), Some(view)) = (objects.get(slot), views.get(slot)) else {
             return Err(Error::WrongType { argument: name, got: "None".into(), allowed: "torch.Tensor".into() });
         };
         if view.element != Element::Int32 {
@@ -251,25 +235,21 @@ fn float_dtype(argument: &'static str, view: &View, object: &Bound<'_, PyAny>) -
     }
 }
 
-fn float32<'a>(
-    argument: &'static str,
-    object: Option<&Bound<'_, PyAny>>,
-    view: Option<&'a View>,
-) -> Result<Option<&'a View>> {
-    match (object, view) {
+fn float32<'a>(slot: Slot, objects: &Tensors<Bound<'_, PyAny>>, views: &'a Tensors<View>) -> Result<Option<&'a View>> {
+    match (objects.get(slot), views.get(slot)) {
         (Some(object), Some(view)) if view.element != Element::Float(Dtype::F32) => {
-            Err(dtype_error(argument, object, "float32"))
+            Err(dtype_error(slot.name(), object, "float32"))
         }
-        _ => Ok(view),
+        (_, view) => Ok(view),
     }
 }
 
 fn bias_kind<'a>(
     form: Form,
-    object: Option<&Bound<'_, PyAny>>,
-    view: Option<&'a View>,
+    objects: &Tensors<Bound<'_, PyAny>>,
+    views: &'a Tensors<View>,
 ) -> Result<Option<(BiasKind, &'a View)>> {
-    let (Some(object), Some(view)) = (object, view) else { return Ok(None) };
+    let (Some(object), Some(view)) = (objects.get(Slot::Bias), views.get(Slot::Bias)) else { return Ok(None) };
     match view.element {
         Element::Bool if form.boolean_mask => Ok(Some((BiasKind::Boolean, view))),
         Element::Float(dtype) if !form.boolean_mask => Ok(Some((BiasKind::Additive(dtype), view))),

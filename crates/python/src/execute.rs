@@ -8,7 +8,7 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::call::{Described, Numbers, Tensors, describe};
+use crate::call::{Described, Numbers, Slot, Tensors, describe};
 use crate::error::{Error, Result};
 use crate::form::{Form, Packing};
 use crate::tensor::View;
@@ -19,19 +19,34 @@ use crate::{settings, trace};
 const SMALL_FLOPS: f64 = 5e5;
 
 /// Results as torch tensors.
-pub struct Results<'py> {
-    pub out: Bound<'py, PyAny>,
+struct Results<'py> {
+    out: Bound<'py, PyAny>,
     out_view: View,
-    pub lse: Option<(Bound<'py, PyAny>, View)>,
+    lse: Option<(Bound<'py, PyAny>, View)>,
 }
 
-/// Reads a CPU tensor in the quickest way that this torch has; `None` when it needs a closer look.
+/// Reads a CPU tensor in the quickest way that this torch has; `None` when it needs a closer look: another device, no
+/// memory behind it, or memory that holds the negative of the values.
 pub fn read_plain(torch: &Torch, tensor: &Bound<'_, PyAny>) -> Result<Option<View>> {
-    Ok(match torch.exchange {
+    let view = read_memory(torch, tensor);
+    match view {
+        Some(view) if may_be_negated(&view) && torch.is_negated(tensor)? => Ok(None),
+        _ => Ok(view),
+    }
+}
+
+/// Only `.imag` of a conjugate leaves a negation for later, and the strides of `.imag` are even: where rows are read as
+/// they lie, neighbours show that nothing is left to do. Asking torch takes longer than reading the tensor.
+fn may_be_negated(view: &View) -> bool {
+    view.strides().last() != Some(&1)
+}
+
+fn read_memory(torch: &Torch, tensor: &Bound<'_, PyAny>) -> Option<View> {
+    match torch.exchange {
         // SAFETY: callers pass instances of torch.Tensor, on which the function was found.
-        Some(exchange) => unsafe { View::read_exchange(exchange, tensor)? },
-        None => View::read_attributes(tensor)?,
-    })
+        Some(exchange) => unsafe { View::read_exchange(exchange, tensor) },
+        None => View::read_attributes(tensor),
+    }
 }
 
 /// What [`read_plain`] could not read although the call was checked.
@@ -45,38 +60,22 @@ pub fn unreadable(argument: &'static str) -> Error {
 
 /// Replaces tensors that no engine reads where they lie by copies: rows of q, k and v that are not contiguous, and
 /// memory that is not aligned.
-fn make_readable<'py>(
-    torch: &Torch,
-    objects: &mut Tensors<Bound<'py, PyAny>>,
-    views: &mut Tensors<View>,
-) -> Result<()> {
-    let py = objects.q.py();
-    let copy = |name, object: &mut Bound<'py, PyAny>, view: &mut View, method| {
-        *object = object.call_method0(method)?;
-        *view = if view.on_cpu { read_plain(torch, object)? } else { View::describe(object)? }
-            .ok_or_else(|| unreadable(name))?;
-        Result::Ok(())
-    };
-    objects.zip_mut(views, |name, object, view| {
-        if matches!(name, "q" | "k" | "v") && !view.has_contiguous_rows() {
-            return copy(name, object, view, intern!(py, "contiguous"));
-        }
-        if view.is_aligned() { Ok(()) } else { copy(name, object, view, intern!(py, "clone")) }
-    })
-}
-
-/// Instruction set that the settings ask for.
-pub fn isa(settings: &Settings) -> Result<Isa> {
-    let Some(isa) = Isa::from_name(settings.cpu_isa.name()) else { return Ok(Isa::best()) };
-    if isa.is_available() {
-        return Ok(isa);
+fn make_readable(torch: &Torch, objects: &mut Tensors<Bound<'_, PyAny>>, views: &mut Tensors<View>) -> Result<()> {
+    for slot in Slot::ALL {
+        let (Some(object), Some(view)) = (objects.get(slot), views.get(slot)) else { continue };
+        let rows_matter = matches!(slot, Slot::Q | Slot::K | Slot::V);
+        let copy = if rows_matter && !view.has_contiguous_rows() {
+            object.call_method0(intern!(object.py(), "contiguous"))?
+        } else if !view.is_aligned() {
+            object.call_method0(intern!(object.py(), "clone"))?
+        } else {
+            continue;
+        };
+        let view = if view.on_cpu { read_plain(torch, &copy)? } else { View::describe(&copy)? };
+        views.set(slot, view.ok_or_else(|| unreadable(slot.name()))?);
+        objects.set(slot, copy);
     }
-    let available: Vec<&str> = Isa::available().map(Isa::name).collect();
-    Err(Error::Problem(core::Error::Unsupported {
-        argument: "MTLFLASHATTN_CPU_ISA",
-        got: isa.name().into(),
-        instead: format!("this machine can run {}", available.join(", ")),
-    }))
+    Ok(())
 }
 
 /// What the planner has to know about the CPU.
@@ -91,30 +90,30 @@ pub fn execute<'py>(
     form: Form,
     numbers: &Numbers,
     mut objects: Tensors<Bound<'py, PyAny>>,
-    mut views: Tensors<View>,
+    views: &mut Tensors<View>,
     want_lse: bool,
-) -> Result<Results<'py>> {
-    make_readable(torch, &mut objects, &mut views)?;
-    let described = describe(form, numbers, &objects, &views)?;
+) -> Result<Bound<'py, PyAny>> {
+    make_readable(torch, &mut objects, views)?;
+    let described = describe(form, numbers, &objects, views)?;
     let problem = &described.problem;
-    let offsets = Offsets::read(torch, form, &objects, &views, problem)?;
-    let on_cpu = views.q.on_cpu;
-    let settings = settings::current(py, on_cpu)?;
-    let isa = isa(&settings)?;
+    let offsets = Offsets::read(torch, form, &objects, views, problem)?;
+    let on_cpu = views.q().on_cpu;
+    let settings = settings::current(py)?;
+    let isa = settings.isa()?;
     let small = problem.flops() < SMALL_FLOPS;
     let threads = if small || !on_cpu { 1 } else { torch.num_threads(py)? };
     let device = if on_cpu { cpu_device(isa, threads) } else { Device::Torch };
-    let plan = Plan::new(problem, device, &settings)?;
+    let plan = Plan::new(problem, device, &settings.values)?;
     let results = allocate(torch, form, &objects, &described, want_lse)?;
     match (plan.tier, &plan.cpu) {
         (Tier::Cpu, Some(tile)) => {
-            let pointers = Pointers::new(&described, &views, &offsets, &results);
+            let pointers = Pointers::new(&described, views, &offsets, &results);
             run_cpu(py, problem, tile, isa, threads, &pointers, small)?;
         }
-        _ => run_torch(py, form, numbers, &objects, &offsets, problem, &settings, &results)?,
+        _ => run_torch(py, form, numbers, &objects, &offsets, problem, &settings.values, &results)?,
     }
-    trace::record(py, &settings, problem, plan.tier)?;
-    Ok(results)
+    trace::record(py, &settings.values, problem, plan.tier)?;
+    Ok(results.into_python(py)?)
 }
 
 /// `cu_seqlens_*` of a packed call: copied, so that no other thread can change them after the check.
@@ -135,10 +134,10 @@ impl Offsets {
         if !form.varlen {
             return Ok(Self::default());
         }
-        let query = read_offsets(torch, objects.cu_seqlens_q.as_ref(), views.cu_seqlens_q.as_ref())?;
-        let key = read_offsets(torch, objects.cu_seqlens_k.as_ref(), views.cu_seqlens_k.as_ref())?;
+        let read = |slot| read_offsets(torch, objects.get(slot), views.get(slot));
+        let (query, key) = (read(Slot::CuSeqlensQ)?, read(Slot::CuSeqlensK)?);
         let checked = problem.lengths.check_offsets(&query, &key);
-        checked.map_err(|error| form.translate(error, &views.q, views.k.as_ref().unwrap_or(&views.q)))?;
+        checked.map_err(|error| form.translate(error, views))?;
         Ok(Self { query, key })
     }
 }
@@ -166,41 +165,40 @@ fn allocate<'py>(
     described: &Described,
     want_lse: bool,
 ) -> Result<Results<'py>> {
-    let py = objects.q.py();
+    let py = objects.q().py();
     let problem = &described.problem;
     let mut shape: Vec<usize> = described.q.shape().iter().map(|&size| size as usize).collect();
     *shape.last_mut().expect("q has three or four dimensions") = problem.value_dim;
     let like_q = if problem.value_dim != problem.head_dim {
         None
     } else if form.packing == Packing::All {
-        Some(torch.empty_like(&objects.q.call_method1(intern!(py, "select"), (-3, 0))?)?)
+        Some(torch.empty_like(&objects.q().call_method1(intern!(py, "select"), (-3, 0))?)?)
     } else {
-        Some(torch.empty_like(&objects.q)?)
+        Some(torch.empty_like(objects.q())?)
     };
     let (out, view) = match like_q.map(|out| read_result(torch, out)).transpose()? {
         Some((out, view)) if view.has_contiguous_rows() => (out, view),
-        _ => read_result(torch, Torch::new_empty(&objects.q, &shape)?)?,
+        _ => read_result(torch, Torch::new_empty(objects.q(), &shape)?)?,
     };
     let lse_shape = match *shape {
         [batch, query_len, heads, _] => vec![batch, heads, query_len],
         _ => vec![problem.query_heads, problem.lengths.query_rows()],
     };
-    let lse = want_lse.then(|| read_result(torch, torch.new_empty_float32(&objects.q, &lse_shape)?)).transpose()?;
+    let lse = want_lse.then(|| read_result(torch, torch.new_empty_float32(objects.q(), &lse_shape)?)).transpose()?;
     Ok(Results { out, out_view: view, lse })
 }
 
 fn read_result<'py>(torch: &Torch, tensor: Bound<'py, PyAny>) -> Result<(Bound<'py, PyAny>, View)> {
-    let view = match read_plain(torch, &tensor)? {
-        Some(view) => Some(view),
-        None => View::describe(&tensor)?,
+    let view = match read_memory(torch, &tensor) {
+        Some(view) => view,
+        None => View::describe(&tensor)?.ok_or_else(|| unreadable("out"))?,
     };
-    let view = view.ok_or_else(|| unreadable("out"))?;
     Ok((tensor, view))
 }
 
 impl<'py> Results<'py> {
     /// `(out, lse)`, or out where no LSE was asked for.
-    pub fn into_python(self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+    fn into_python(self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         match self.lse {
             None => Ok(self.out),
             Some((lse, _)) => Ok((self.out, lse).into_pyobject(py)?.into_any()),
@@ -222,16 +220,16 @@ unsafe impl Sync for Pointers<'_> {}
 
 impl<'a> Pointers<'a> {
     fn new(described: &Described, views: &Tensors<View>, offsets: &'a Offsets, results: &Results<'_>) -> Self {
-        let first = |view: &Option<View>| view.map_or(ptr::null(), |view| view.data.cast_const());
+        let first = |slot| views.get(slot).map_or(ptr::null(), |view| view.data.cast_const());
         let inputs = Inputs {
             q: described.q.data,
             k: described.k.data,
             v: described.v.data,
             query_offsets: &offsets.query,
             key_offsets: &offsets.key,
-            alibi_slopes: first(&views.alibi_slopes).cast(),
-            bias: first(&views.bias),
-            sinks: first(&views.sinks).cast(),
+            alibi_slopes: first(Slot::AlibiSlopes).cast(),
+            bias: first(Slot::Bias),
+            sinks: first(Slot::Sinks).cast(),
         };
         let out_strides = Strides::of(&results.out_view.meta(described.problem.dtype));
         let lse = results.lse.as_ref().map_or(ptr::null_mut(), |(_, view)| view.data.cast());
@@ -291,11 +289,12 @@ fn run_torch(
 ) -> Result<()> {
     let [q, k, v] = form.unpack(objects)?;
     let Problem { scale, softcap, mask, .. } = *problem;
-    let rules = (scale, softcap, mask.left, mask.right, numbers.top_left, &objects.sinks, settings.torch_chunk);
+    let rules =
+        (scale, softcap, mask.left, mask.right, numbers.top_left, objects.get(Slot::Sinks), settings.torch_chunk);
     let keywords = PyDict::new(py);
     keywords.set_item("offsets", form.varlen.then_some((&offsets.query, &offsets.key)))?;
-    keywords.set_item("alibi_slopes", &objects.alibi_slopes)?;
-    keywords.set_item("bias", &objects.bias)?;
+    keywords.set_item("alibi_slopes", objects.get(Slot::AlibiSlopes))?;
+    keywords.set_item("bias", objects.get(Slot::Bias))?;
     keywords.set_item("out", &results.out)?;
     keywords.set_item("lse", results.lse.as_ref().map(|(lse, _)| lse))?;
     keywords.set_item("rules", rules)?;

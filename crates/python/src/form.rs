@@ -3,7 +3,7 @@
 use mtlflashattn_core as core;
 use pyo3::prelude::*;
 
-use crate::call::Tensors;
+use crate::call::{Slot, Tensors};
 use crate::error::{Error, Result};
 use crate::tensor::View;
 
@@ -52,15 +52,15 @@ impl Form {
     }
 
     /// `error` in the caller's words: packed tensors are named and shown as they came.
-    pub fn translate(self, error: core::Error, q: &View, k: &View) -> Error {
+    pub fn translate(self, error: core::Error, views: &Tensors<View>) -> Error {
         use core::Error as E;
         let name = |argument| self.public_name(argument);
         Error::Problem(match error {
             E::Shape { argument, got, allowed } => {
                 let argument = name(argument);
                 let got = match argument {
-                    "qkv" => q.shape_text(),
-                    "kv" => k.shape_text(),
+                    "qkv" => views.q().shape_text(),
+                    "kv" => views.get(Slot::K).map_or(got, View::shape_text),
                     _ => got,
                 };
                 E::Shape { argument, got, allowed }
@@ -73,8 +73,9 @@ impl Form {
     }
 
     /// Splits what came into q, k and v.
-    pub fn split(self, q: &View, k: Option<&View>, v: Option<&View>) -> Result<[View; 3]> {
-        match (self.packing, k, v) {
+    pub fn split(self, views: &Tensors<View>) -> Result<[View; 3]> {
+        let q = views.q();
+        match (self.packing, views.get(Slot::K), views.get(Slot::V)) {
             (Packing::Separate, Some(k), Some(v)) => Ok([*q, *k, *v]),
             (Packing::KeyValue, Some(kv), _) => {
                 let axis = self.packed_axis("kv", kv, 2)?;
@@ -104,16 +105,16 @@ impl Form {
         let unbind = |packed: &Bound<'py, PyAny>| -> PyResult<Vec<Bound<'py, PyAny>>> {
             packed.call_method1("unbind", (-3,))?.try_iter()?.collect()
         };
-        let parts = match (self.packing, &tensors.k, &tensors.v) {
-            (Packing::Separate, Some(k), Some(v)) => vec![tensors.q.clone(), k.clone(), v.clone()],
-            (Packing::KeyValue, Some(kv), _) => [vec![tensors.q.clone()], unbind(kv)?].concat(),
-            _ => unbind(&tensors.q)?,
+        let parts = match (self.packing, tensors.get(Slot::K), tensors.get(Slot::V)) {
+            (Packing::Separate, Some(k), Some(v)) => vec![tensors.q().clone(), k.clone(), v.clone()],
+            (Packing::KeyValue, Some(kv), _) => [vec![tensors.q().clone()], unbind(kv)?].concat(),
+            _ => unbind(tensors.q())?,
         };
         parts.try_into().map_err(|_| self.wrong_parts(tensors))
     }
 
     fn wrong_parts(self, tensors: &Tensors<Bound<'_, PyAny>>) -> Error {
-        let packed = tensors.k.as_ref().unwrap_or(&tensors.q);
+        let packed = tensors.get(Slot::K).unwrap_or(tensors.q());
         let (argument, parts) = if self.packing == Packing::All { ("qkv", 3) } else { ("kv", 2) };
         let shape = packed.getattr("shape").and_then(|shape| PyResult::Ok(shape.str()?.to_string()));
         Error::Problem(core::Error::Shape {

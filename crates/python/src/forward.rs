@@ -51,33 +51,43 @@ pub fn forward<'py>(
             Numbers::read(form, [max_seqlen_q, max_seqlen_k], softmax_scale, causal, window_size, softcap, top_left)?;
         arguments::dropout(dropout_p, numbers.softcap)?;
         let want_lse = arguments::truth("return_attn_probs", return_lse)?;
-        let tensors = Tensors {
-            q,
-            k: (packing < 3).then_some(k),
-            v: (packing < 2).then_some(v),
-            cu_seqlens_q: varlen.then_some(cu_seqlens_q),
-            cu_seqlens_k: varlen.then_some(cu_seqlens_k),
+        let tensors = Tensors::new([
+            Some(q),
+            (packing < 3).then_some(k),
+            (packing < 2).then_some(v),
+            varlen.then_some(cu_seqlens_q),
+            varlen.then_some(cu_seqlens_k),
             alibi_slopes,
-            bias: mask.or(bias),
+            mask.or(bias),
             sinks,
-        };
-        match read_direct(py, torch, &tensors)? {
-            Some(views) => {
-                tensors.check_gradients(torch, form)?;
-                Ok(execute(py, torch, form, &numbers, tensors, views, want_lse)?.into_python(py)?)
-            }
-            None => call_operator(py, torch, form, &numbers, &tensors, want_lse),
+        ]);
+        let mut views = Tensors::none();
+        if !read_direct(py, torch, &tensors, &mut views)? {
+            return call_operator(py, torch, form, &numbers, &tensors, want_lse);
         }
+        tensors.check_gradients(torch, form)?;
+        execute(py, torch, form, &numbers, tensors, &mut views, want_lse)
     })
 }
 
 /// Reads the tensors if they are plain CPU tensors and nothing wants to see the call (torch.compile is asked earlier,
-/// in Python); `None` sends the call to the operator.
-fn read_direct(py: Python<'_>, torch: &Torch, tensors: &Tensors<Bound<'_, PyAny>>) -> Result<Option<Tensors<View>>> {
-    if !tensors.named().all(|(_, tensor)| torch.is_plain(tensor)) || torch.is_watched(py)? {
-        return Ok(None);
+/// in Python); false sends the call to the operator.
+fn read_direct(
+    py: Python<'_>,
+    torch: &Torch,
+    tensors: &Tensors<Bound<'_, PyAny>>,
+    views: &mut Tensors<View>,
+) -> Result<bool> {
+    if !tensors.present().all(|(_, tensor)| torch.is_plain(tensor)) || torch.is_watched(py)? {
+        return Ok(false);
     }
-    tensors.try_map(|_, tensor| read_plain(torch, tensor))
+    for (slot, tensor) in tensors.present() {
+        match read_plain(torch, tensor)? {
+            Some(view) => views.set(slot, view),
+            None => return Ok(false),
+        }
+    }
+    Ok(true)
 }
 
 /// Sends the call through `torch.ops.mtlflashattn.forward`.
@@ -93,8 +103,8 @@ fn call_operator<'py>(
     static DISPATCH: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     tensors.check_types(torch, form)?;
     let check_tensor = CHECK.import(py, "metal_flash_attn._ops", "check_tensor")?;
-    for (name, tensor) in tensors.named() {
-        check_tensor.call1((form.public_name(name), tensor))?;
+    for (slot, tensor) in tensors.present() {
+        check_tensor.call1((form.public_name(slot.name()), tensor))?;
     }
     check_static(form, numbers, tensors)?;
     let dispatch = DISPATCH.import(py, "metal_flash_attn._ops", "dispatch")?;
@@ -105,16 +115,17 @@ fn call_operator<'py>(
 
 /// Checks the call by its metadata alone where that is at hand: no symbolic sizes, no stand-ins for tensors.
 fn check_static(form: Form, numbers: &Numbers, tensors: &Tensors<Bound<'_, PyAny>>) -> Result<()> {
-    let py = tensors.q.py();
-    let Ok(device) = tensors.q.getattr(intern!(py, "device")) else { return Ok(()) };
-    // What stands in for a tensor has no numbers as sizes.
-    let views = tensors.try_map(|_, tensor| Ok(View::describe(tensor).ok().flatten()))?;
-    let Some(views) = views else { return Ok(()) };
-    for (name, tensor) in tensors.named() {
+    let py = tensors.q().py();
+    let Ok(device) = tensors.q().getattr(intern!(py, "device")) else { return Ok(()) };
+    let mut views = Tensors::none();
+    for (slot, tensor) in tensors.present() {
+        // What stands in for a tensor has no numbers as sizes.
+        let Some(view) = View::describe(tensor).ok().flatten() else { return Ok(()) };
+        views.set(slot, view);
         let other = tensor.getattr(intern!(py, "device"))?;
         if !other.eq(&device)? {
             return Err(Error::Problem(core::Error::Value {
-                argument: form.public_name(name),
+                argument: form.public_name(slot.name()),
                 got: format!("on device {}", other.str()?.to_string_lossy()),
                 allowed: format!("{}, the device of {}", device.str()?.to_string_lossy(), form.public_name("q")),
             }));
@@ -130,13 +141,13 @@ pub fn execute_operator<'py>(py: Python<'py>, arguments: &Bound<'py, PyTuple>) -
     guard(|| {
         let torch = Torch::get(py)?;
         let (form, numbers, tensors) = operator::from_python(arguments)?;
-        let on_cpu = tensors.q.getattr(intern!(py, "is_cpu"))?.is_truthy()?;
-        let views = tensors.try_map(|name, tensor| {
+        let on_cpu = tensors.q().getattr(intern!(py, "is_cpu"))?.is_truthy()?;
+        let mut views = Tensors::none();
+        for (slot, tensor) in tensors.present() {
             let view = if on_cpu { read_plain(torch, tensor)? } else { View::describe(tensor)? };
-            view.map(Some).ok_or_else(|| unreadable(name))
-        })?;
-        let views = views.expect("unreadable tensors are errors");
-        Ok(execute(py, torch, form, &numbers, tensors, views, true)?.into_python(py)?)
+            views.set(slot, view.ok_or_else(|| unreadable(slot.name()))?);
+        }
+        execute(py, torch, form, &numbers, tensors, &mut views, true)
     })
 }
 

@@ -4,6 +4,7 @@
 mod arguments;
 mod call;
 mod dlpack;
+mod environment;
 mod error;
 mod execute;
 mod form;

@@ -4,7 +4,6 @@ use mtlflashattn_cpu::{Isa, roofline};
 use pyo3::prelude::*;
 
 use crate::error::guard;
-use crate::execute::isa;
 use crate::settings;
 
 /// Names of the instruction sets that this machine can run, best last.
@@ -17,7 +16,7 @@ pub fn instruction_sets() -> Vec<&'static str> {
 #[pyfunction]
 pub fn fma_peak(py: Python<'_>) -> PyResult<f64> {
     guard(|| {
-        let isa = isa(&*settings::current(py, true)?)?;
+        let isa = settings::current(py)?.isa()?;
         Ok(py.detach(|| roofline::fma_peak(isa)))
     })
 }

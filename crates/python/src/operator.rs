@@ -4,7 +4,7 @@ use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
-use crate::call::{Numbers, Tensors};
+use crate::call::{Numbers, Slot, Tensors};
 use crate::error::Result;
 use crate::form::{Form, Packing};
 
@@ -16,7 +16,8 @@ pub fn to_python<'py>(
     tensors: &Tensors<Bound<'py, PyAny>>,
 ) -> Result<Bound<'py, PyTuple>> {
     let [q, k, v] = form.unpack(tensors)?;
-    let Tensors { cu_seqlens_q, cu_seqlens_k, alibi_slopes, bias, sinks, .. } = tensors;
+    let [cu_seqlens_q, cu_seqlens_k] = [Slot::CuSeqlensQ, Slot::CuSeqlensK].map(|slot| tensors.get(slot));
+    let [alibi_slopes, bias, sinks] = [Slot::AlibiSlopes, Slot::Bias, Slot::Sinks].map(|slot| tensors.get(slot));
     let Numbers { max_seqlen, softmax_scale, causal, window, softcap, top_left } = *numbers;
     let (max_q, max_k) = max_seqlen;
     let (left, right) = window;
@@ -30,7 +31,7 @@ pub fn to_python<'py>(
 pub fn from_python<'py>(arguments: &Bound<'py, PyTuple>) -> PyResult<(Form, Numbers, Tensors<Bound<'py, PyAny>>)> {
     let mut items = arguments.iter();
     let mut next = || items.next().ok_or_else(|| PyTypeError::new_err("too few arguments"));
-    let (q, k, v) = (next()?, Some(next()?), Some(next()?));
+    let [q, k, v] = [Some(next()?), Some(next()?), Some(next()?)];
     let (cu_seqlens_q, cu_seqlens_k) = (present(next()?), present(next()?));
     let max_seqlen = (next()?.extract()?, next()?.extract()?);
     let (softmax_scale, causal) = (next()?.extract()?, next()?.extract()?);
@@ -39,8 +40,8 @@ pub fn from_python<'py>(arguments: &Bound<'py, PyTuple>) -> PyResult<(Form, Numb
     let top_left = next()?.extract()?;
     let numbers = Numbers { max_seqlen, softmax_scale, causal, window, softcap, top_left };
     let boolean_mask = bias.as_ref().map_or(Ok(false), is_boolean)?;
-    let tensors = Tensors { q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, bias, sinks };
-    let form = Form { packing: Packing::Separate, varlen: tensors.cu_seqlens_q.is_some(), boolean_mask };
+    let form = Form { packing: Packing::Separate, varlen: cu_seqlens_q.is_some(), boolean_mask };
+    let tensors = Tensors::new([q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, bias, sinks]);
     Ok((form, numbers, tensors))
 }
 

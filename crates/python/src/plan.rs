@@ -6,7 +6,7 @@ use pyo3::prelude::*;
 
 use crate::call::{Numbers, Tensors, describe};
 use crate::error::{Error, guard};
-use crate::execute::{cpu_device, isa};
+use crate::execute::cpu_device;
 use crate::form::Form;
 use crate::settings;
 use crate::tensor::View;
@@ -64,16 +64,20 @@ pub fn plan<'py>(
         let lengths = [max_seqlen_q, max_seqlen_k];
         let numbers = Numbers::read(form, lengths, softmax_scale, causal, window_size, softcap, top_left)?;
         let bias = mask.or(bias);
-        let tensors = Tensors { q, k: Some(k), v: Some(v), cu_seqlens_q, cu_seqlens_k, alibi_slopes, bias, sinks };
+        let objects = [Some(q), Some(k), Some(v), cu_seqlens_q, cu_seqlens_k, alibi_slopes, bias, sinks];
+        let tensors = Tensors::new(objects);
         tensors.check_types(torch, form)?;
-        let views = tensors.try_map(|_, tensor| Ok(View::describe(tensor)?))?.ok_or_else(symbolic)?;
+        let mut views = Tensors::none();
+        for (slot, tensor) in tensors.present() {
+            views.set(slot, View::describe(tensor)?.ok_or_else(symbolic)?);
+        }
         let problem = describe(form, &numbers, &tensors, &views)?.problem;
-        let on_cpu = tensors.q.getattr(intern!(py, "is_cpu"))?.is_truthy()?;
-        let settings = settings::current(py, false)?;
-        let isa = isa(&settings)?;
+        let on_cpu = tensors.q().getattr(intern!(py, "is_cpu"))?.is_truthy()?;
+        let settings = settings::current(py)?;
+        let isa = settings.isa()?;
         let device = if on_cpu { cpu_device(isa, torch.num_threads(py)?) } else { Device::Torch };
-        let plan = core::Plan::new(&problem, device, &settings)?;
-        let passed_over = plan.passed_over(device, &settings);
+        let plan = core::Plan::new(&problem, device, &settings.values)?;
+        let passed_over = plan.passed_over(device, &settings.values);
         Ok(Plan {
             tier: plan.tier.name(),
             isa: plan.cpu.is_some().then(|| isa.name()),

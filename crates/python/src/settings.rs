@@ -1,59 +1,62 @@
-//! The `MTLFLASHATTN_*` variables of this process.
+//! The settings of this process.
 
-use std::ffi::{CString, OsString};
+use std::ffi::CString;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use mtlflashattn_core::settings::VARIABLES;
-use mtlflashattn_core::{Settings, Tier};
+use mtlflashattn_core::{self as core, Settings};
+use mtlflashattn_cpu::Isa;
 use pyo3::exceptions::PyRuntimeWarning;
 use pyo3::prelude::*;
 
-/// All that calls on CPU tensors obey: reading the others would only cost time.
-const WATCHED: [&str; 3] = ["MTLFLASHATTN_KERNEL", "MTLFLASHATTN_CPU_ISA", "MTLFLASHATTN_TRACE"];
+use crate::environment::Environment;
+use crate::error::{Error, Result};
 
-type Raw = Vec<Option<OsString>>;
-
-struct Cached {
-    watched: [Option<OsString>; WATCHED.len()],
-    all: Raw,
-    settings: Arc<Settings>,
+/// Settings, and what follows from them.
+pub struct Resolved {
+    pub values: Settings,
+    isa: Option<Isa>,
 }
 
-static CACHED: Mutex<Option<Cached>> = Mutex::new(None);
+impl Resolved {
+    fn new(values: Settings) -> Self {
+        let isa = match Isa::from_name(values.cpu_isa.name()) {
+            Some(isa) => isa.is_available().then_some(isa),
+            None => Some(Isa::best()),
+        };
+        Self { values, isa }
+    }
+
+    /// Instruction set of the cpu tier.
+    pub fn isa(&self) -> Result<Isa> {
+        self.isa.ok_or_else(|| {
+            let available: Vec<&str> = Isa::available().map(Isa::name).collect();
+            Error::Problem(core::Error::Unsupported {
+                argument: "MTLFLASHATTN_CPU_ISA",
+                got: self.values.cpu_isa.name().into(),
+                instead: format!("this machine can run {}", available.join(", ")),
+            })
+        })
+    }
+}
+
+/// The environment that the settings were parsed from, and the settings.
+static CACHED: Mutex<Option<(Environment, Arc<Resolved>)>> = Mutex::new(None);
 
 /// The settings, parsed again only when the environment changed; each bad value gives a `RuntimeWarning` then.
-/// Changes of variables that the cpu tier does not obey may be missed when `on_cpu`.
-pub fn current(py: Python<'_>, on_cpu: bool) -> PyResult<Arc<Settings>> {
-    let watched = WATCHED.map(std::env::var_os);
+pub fn current(py: Python<'_>) -> PyResult<Arc<Resolved>> {
+    if let Some((environment, settings)) = &*CACHED.lock().unwrap_or_else(PoisonError::into_inner)
+        && environment.is_current()
     {
-        let cached = CACHED.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(cached) = &*cached
-            && cached.watched == watched
-            && ((on_cpu && !forces_another_tier(&cached.settings)) || cached.all == read_all())
-        {
-            return Ok(Arc::clone(&cached.settings));
-        }
+        return Ok(Arc::clone(settings));
     }
+    let environment = Environment::read();
+    let (values, warnings) = Settings::parse(|name| environment.get(name));
+    let settings = Arc::new(Resolved::new(values));
+    *CACHED.lock().unwrap_or_else(PoisonError::into_inner) = Some((environment, Arc::clone(&settings)));
     // Warnings run Python code, so the lock must not be held.
-    let all = read_all();
-    let (settings, warnings) = Settings::parse(|name| {
-        let index = VARIABLES.iter().position(|variable| variable.name == name)?;
-        all[index].as_ref().map(|value| value.to_string_lossy().into_owned())
-    });
-    let settings = Arc::new(settings);
-    *CACHED.lock().unwrap_or_else(PoisonError::into_inner) =
-        Some(Cached { watched, all, settings: Arc::clone(&settings) });
     for warning in warnings {
         let text = CString::new(warning.to_string())?;
         PyErr::warn(py, &py.get_type::<PyRuntimeWarning>(), &text, 1)?;
     }
     Ok(settings)
-}
-
-fn read_all() -> Raw {
-    VARIABLES.iter().map(|variable| std::env::var_os(variable.name)).collect()
-}
-
-fn forces_another_tier(settings: &Settings) -> bool {
-    settings.kernel.tier().is_some_and(|tier| tier != Tier::Cpu)
 }

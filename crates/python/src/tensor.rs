@@ -7,8 +7,8 @@ use pyo3::types::{PyInt, PyTuple};
 
 use crate::dlpack::{self, DlTensor, Exchange};
 
-/// Most dimensions that a description holds; every argument of the API has fewer.
-pub const MAX_DIMS: usize = 8;
+/// Most dimensions of any argument: qkv has five.
+pub const MAX_DIMS: usize = 5;
 
 /// Element types that some argument takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,33 +138,26 @@ impl View {
     }
 
     /// Reads a CPU tensor through the exchange function; `None` where that needs a closer look: another device, no
-    /// memory behind it (functorch wrappers, freed storage), or a negation that is still to be carried out.
+    /// memory behind it (functorch wrappers, freed storage).
     ///
     /// # Safety
     /// `tensor` must be an instance of the type that `exchange` was found on.
-    pub unsafe fn read_exchange(exchange: Exchange, tensor: &Bound<'_, PyAny>) -> PyResult<Option<Self>> {
+    pub unsafe fn read_exchange(exchange: Exchange, tensor: &Bound<'_, PyAny>) -> Option<Self> {
         // SAFETY: the caller's contract.
-        let Some(view) = unsafe { exchange.read(tensor) }.as_ref().and_then(Self::of_dlpack) else {
-            return Ok(None);
-        };
-        let readable = view.on_cpu && (!view.data.is_null() || view.is_empty()) && !is_negated(tensor)?;
-        Ok(readable.then_some(view))
+        let view = Self::of_dlpack(unsafe { exchange.read(tensor) }.as_ref()?)?;
+        (view.on_cpu && (!view.data.is_null() || view.is_empty())).then_some(view)
     }
 
     /// Reads a CPU tensor through its attributes, with the same `None` as [`Self::read_exchange`].
-    pub fn read_attributes(tensor: &Bound<'_, PyAny>) -> PyResult<Option<Self>> {
-        let py = tensor.py();
-        // What has no strides or no memory raises here; the slow path knows what to say about it.
-        let Ok(Some(mut view)) = Self::describe(tensor) else { return Ok(None) };
-        let Ok(address) = tensor.call_method0(intern!(py, "data_ptr")).and_then(|a| a.extract::<usize>()) else {
-            return Ok(None);
-        };
+    pub fn read_attributes(tensor: &Bound<'_, PyAny>) -> Option<Self> {
+        // What has no strides or no memory raises; the slow path knows what to say about it.
+        let mut view = Self::describe(tensor).ok()??;
+        let address: usize = tensor.call_method0(intern!(tensor.py(), "data_ptr")).ok()?.extract().ok()?;
         view.data = std::ptr::with_exposed_provenance_mut(address);
-        let readable = view.on_cpu && (address != 0 || view.is_empty()) && !is_negated(tensor)?;
-        Ok(readable.then_some(view))
+        (view.on_cpu && (address != 0 || view.is_empty())).then_some(view)
     }
 
-    /// Everything but the pointer, for tensors of any device; `None` when a size is symbolic.
+    /// Everything but the pointer, for tensors of any device; `None` when a size is symbolic or there are too many.
     pub fn describe(tensor: &Bound<'_, PyAny>) -> PyResult<Option<Self>> {
         let py = tensor.py();
         let shape = tensor.getattr(intern!(py, "shape"))?.cast_into::<PyTuple>()?;
@@ -181,9 +174,4 @@ impl View {
         }
         Ok(Self::new(std::ptr::null_mut(), element, on_cpu, sizes.into_iter()))
     }
-}
-
-/// A lazily negated tensor, as `.conj().imag` gives, has memory of the wrong sign.
-fn is_negated(tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
-    tensor.call_method0(intern!(tensor.py(), "is_neg"))?.is_truthy()
 }

@@ -12,6 +12,7 @@ pub struct Torch {
     tensor: Py<PyType>,
     parameter: Py<PyType>,
     empty_like: Py<PyAny>,
+    is_neg: Py<PyAny>,
     float32: Py<PyAny>,
     get_num_threads: Py<PyAny>,
     is_grad_enabled: Py<PyAny>,
@@ -37,6 +38,7 @@ impl Torch {
         let tensor = torch.getattr("Tensor")?;
         Ok(Self {
             exchange: Exchange::of(&tensor),
+            is_neg: tensor.getattr("is_neg")?.unbind(),
             tensor: tensor.cast_into::<PyType>()?.unbind(),
             parameter: torch.getattr("nn")?.getattr("Parameter")?.cast_into::<PyType>()?.unbind(),
             empty_like: torch.getattr("empty_like")?.unbind(),
@@ -75,6 +77,11 @@ impl Torch {
     /// `torch.is_grad_enabled()`.
     pub fn is_grad_enabled(&self, py: Python<'_>) -> PyResult<bool> {
         self.is_grad_enabled.bind(py).call0()?.is_truthy()
+    }
+
+    /// `tensor.is_neg()`: whether memory holds the values with the wrong sign.
+    pub fn is_negated(&self, tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
+        self.is_neg.bind(tensor.py()).call1((tensor,))?.is_truthy()
     }
 
     /// `torch.get_num_threads()`.
