@@ -79,13 +79,18 @@ impl<'a> Call<'a> {
 
     /// Query head of row `row`.
     pub(crate) const fn head(&self, task: &Task, row: usize) -> usize {
-        let group = self.problem.group();
-        task.key_head * group + row % group
+        match self.problem.group() {
+            1 => task.key_head,
+            group => task.key_head * group + row % group,
+        }
     }
 
     /// Query of row `row`.
     pub(crate) const fn query(&self, row: usize) -> usize {
-        row / self.problem.group()
+        match self.problem.group() {
+            1 => row,
+            group => row / group,
+        }
     }
 
     /// Keys that row `row` sees, of all keys of the sequence.

@@ -1,7 +1,7 @@
 //! The decode path: a few query rows against each key, at the rate of memory.
 //!
 //! Up to four rows share every load (and conversion) of K and V. Rows of K and V are read one after another from end to
-//! end, the order that hardware prefetchers follow; explicit prefetches were measured to be slower.
+//! end, the order that hardware prefetchers follow.
 
 use std::ops::Range;
 
@@ -9,6 +9,7 @@ use crate::call::{Call, Task, lse, normalizer};
 use crate::element::{Element, narrow, widen};
 use crate::interrupt::Ticker;
 use crate::isa::Simd;
+use crate::rows::Rows;
 use crate::workspace::Carver;
 use crate::{math, score};
 
@@ -65,23 +66,6 @@ impl Scratch {
     /// Float32 values in the block.
     pub(crate) const fn len(&self) -> usize {
         self.len
-    }
-}
-
-/// Rows of K or V in memory.
-#[derive(Clone, Copy)]
-struct Rows<T> {
-    pointer: *const T,
-    /// Elements from one row to the next.
-    stride: isize,
-    /// Elements that are read of each: a whole number of vectors.
-    width: usize,
-}
-
-impl<T> Rows<T> {
-    #[inline(always)]
-    unsafe fn row(&self, index: usize) -> *const T {
-        self.pointer.offset(index as isize * self.stride)
     }
 }
 
@@ -147,8 +131,8 @@ impl Work<'_, '_> {
         let (k_row, v_row) = (problem.k.row as isize, problem.v.row as isize);
         let k_pointer = self.call.k_base::<T>(self.task).offset(keys.start as isize * k_row);
         let v_pointer = self.call.v_base::<T>(self.task).offset(keys.start as isize * v_row);
-        let k = Rows { pointer: k_pointer, stride: k_row, width: problem.head_dim };
-        let v = Rows { pointer: v_pointer, stride: v_row, width: problem.value_dim };
+        let k = Rows::new(k_pointer, k_row, problem.head_dim);
+        let v = Rows::new(v_pointer, v_row, problem.value_dim);
         if self.scratch.depth == problem.head_dim {
             self.scores::<S, T>(k, keys.len());
         } else {
@@ -169,9 +153,10 @@ impl Work<'_, '_> {
     unsafe fn stage<S: Simd, T: Element>(&self, rows: Rows<T>, count: usize, width: usize, to: usize) -> Rows<f32> {
         let to = self.at(to);
         for row in 0..count {
-            widen::<S, T>(rows.row(row), rows.width, width, S::splat(1.0), to.add(row * width));
+            rows.prefetch_behind::<S>(row);
+            widen::<S, T>(rows.row(row), rows.width(), width, S::splat(1.0), to.add(row * width));
         }
-        Rows { pointer: to, stride: width as isize, width }
+        Rows::new(to, width as isize, width)
     }
 
     /// Scores of all rows, up to four at a time.
@@ -293,11 +278,7 @@ impl Work<'_, '_> {
                 to.add(value_dim + 1).write(sum);
                 continue;
             }
-            let factor = S::splat(normalizer(sum));
-            for column in (0..self.scratch.value_dim).step_by(S::LANES) {
-                S::store(out.add(column), S::mul(factor, S::load(out.add(column))));
-            }
-            narrow::<S, T>(out, value_dim, self.call.out_row(self.task, row));
+            narrow::<S, T>(out, value_dim, normalizer(sum), self.call.out_row(self.task, row));
             self.call.write_lse(self.task, row, lse(max, sum));
         }
     }
@@ -315,6 +296,7 @@ unsafe fn dot<S: Simd, K: Element, const R: usize, const U: usize>(
 ) -> usize {
     for key in 0..keys {
         let from = k.row(key);
+        k.prefetch_behind::<S>(key);
         let mut acc = [[S::splat(0.0); U]; R];
         let mut i = 0;
         while i + U * S::LANES <= depth {
@@ -379,6 +361,9 @@ unsafe fn accumulate_keys<S: Simd, V: Element, const R: usize, const N: usize>(
     let p: [[S::Vector; N]; R] =
         std::array::from_fn(|r| std::array::from_fn(|n| S::splat(probabilities.add(r * stride + n).read())));
     let rows: [*const V; N] = std::array::from_fn(|n| v.row(key + n));
+    for n in 0..N {
+        v.prefetch_behind::<S>(key + n);
+    }
     for column in (0..width).step_by(S::LANES) {
         let x: [S::Vector; N] = std::array::from_fn(|n| V::load::<S>(rows[n].add(column)));
         for (r, p) in p.iter().enumerate() {

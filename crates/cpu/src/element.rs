@@ -116,15 +116,15 @@ pub(crate) unsafe fn widen<S: Simd, T: Element>(
     }
 }
 
-/// Rounds `len` float32 values to elements.
+/// Rounds `len` float32 values times `factor` to elements.
 #[inline(always)]
-pub(crate) unsafe fn narrow<S: Simd, T: Element>(from: *const f32, len: usize, to: *mut T) {
+pub(crate) unsafe fn narrow<S: Simd, T: Element>(from: *const f32, len: usize, factor: f32, to: *mut T) {
     let mut i = 0;
     while i + S::LANES <= len {
-        T::store::<S>(to.add(i), S::load(from.add(i)));
+        T::store::<S>(to.add(i), S::mul(S::splat(factor), S::load(from.add(i))));
         i += S::LANES;
     }
     for j in i..len {
-        to.add(j).write(T::from_f32(from.add(j).read()));
+        to.add(j).write(T::from_f32(factor * from.add(j).read()));
     }
 }

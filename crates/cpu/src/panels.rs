@@ -9,6 +9,7 @@ use crate::call::{Call, Task, lse, normalizer};
 use crate::element::{Element, narrow, widen};
 use crate::interrupt::Ticker;
 use crate::isa::Simd;
+use crate::rows::{Rows, prefetch};
 use crate::workspace::Carver;
 use crate::{math, score};
 
@@ -117,9 +118,9 @@ impl Work<'_, '_> {
         self.scratch.out + panel * S::PANEL * self.scratch.value_dim
     }
 
-    /// Rows of panel `panel`.
+    /// Rows of panel `panel`; none behind the last.
     fn panel_rows<S: Simd>(&self, panel: usize) -> Range<usize> {
-        let start = self.task.rows.start + panel * S::PANEL;
+        let start = (self.task.rows.start + panel * S::PANEL).min(self.task.rows.end);
         start..(start + S::PANEL).min(self.task.rows.end)
     }
 
@@ -127,6 +128,10 @@ impl Work<'_, '_> {
     #[inline(always)]
     unsafe fn pack_queries<S: Simd, T: Element>(&self, panel: usize) {
         let (rows, depth) = (self.panel_rows::<S>(panel), self.scratch.query_depth);
+        for row in self.panel_rows::<S>(panel + 1) {
+            let q = self.call.q_row::<T>(self.task, row);
+            prefetch::<S>(q.cast(), self.call.problem.head_dim * size_of::<T>());
+        }
         let factor = S::splat(score::query_factor(self.call.problem));
         let staged = self.at(self.scratch.rows);
         for lane in (0..S::PANEL).step_by(S::LANES) {
@@ -188,15 +193,17 @@ impl Work<'_, '_> {
     #[inline(always)]
     unsafe fn stage_keys<S: Simd, T: Element>(&self, keys: &Range<usize>, padded: usize) -> (*const f32, usize) {
         let (head_dim, depth) = (self.call.problem.head_dim, self.scratch.depth);
-        let row = self.call.problem.k.row as isize;
-        let from = self.call.k_base::<T>(self.task).offset(keys.start as isize * row);
+        let stride = self.call.problem.k.row as isize;
+        let from = self.call.k_base::<T>(self.task).offset(keys.start as isize * stride);
+        let rows = Rows::new(from, stride, head_dim);
         // Rows that lie apart would compete for few cache sets.
-        if T::IS_F32 && row == depth as isize && depth == head_dim && padded == keys.len() {
+        if T::IS_F32 && rows.contiguous() && depth == head_dim && padded == keys.len() {
             return (from.cast(), depth);
         }
         let to = self.at(self.scratch.keys);
         for key in 0..keys.len() {
-            widen::<S, T>(from.offset(key as isize * row), head_dim, depth, S::splat(1.0), to.add(key * depth));
+            rows.prefetch_behind::<S>(key);
+            widen::<S, T>(rows.row(key), head_dim, depth, S::splat(1.0), to.add(key * depth));
         }
         to.add(keys.len() * depth).write_bytes(0, (padded - keys.len()) * depth);
         (to, depth)
@@ -209,20 +216,21 @@ impl Work<'_, '_> {
         const ROWS: usize = 4;
         let value_dim = self.call.problem.value_dim;
         let columns = value_dim.next_multiple_of(S::TILE);
-        let row = self.call.problem.v.row as isize;
-        let from = self.call.v_base::<T>(self.task).offset(keys.start as isize * row);
+        let stride = self.call.problem.v.row as isize;
+        let from = self.call.v_base::<T>(self.task).offset(keys.start as isize * stride);
+        let source = Rows::new(from, stride, value_dim);
         let (staged, packed) = (self.at(self.scratch.rows), self.at(self.scratch.values));
         let in_place = T::IS_F32 && columns == value_dim;
         for key in (0..padded).step_by(ROWS) {
             let rows: [*const f32; ROWS] = std::array::from_fn(|i| {
                 let to = staged.add(i * self.scratch.value_dim);
-                let row = from.offset((key + i) as isize * row);
+                source.prefetch_behind::<S>(key + i);
                 if key + i >= keys.len() {
                     to.write_bytes(0, columns);
                 } else if in_place {
-                    return row.cast();
+                    return source.row(key + i).cast();
                 } else {
-                    widen::<S, T>(row, value_dim, columns, S::splat(1.0), to);
+                    widen::<S, T>(source.row(key + i), value_dim, columns, S::splat(1.0), to);
                 }
                 to.cast_const()
             });
@@ -247,17 +255,20 @@ impl Work<'_, '_> {
         stride: usize,
     ) {
         let scores = self.at(self.scratch.scores);
-        let max = self.at(self.scratch.max + panel * S::PANEL);
-        let old = load_row::<S>(max);
-        let mut new = old;
+        let old = load_row::<S>(self.at(self.scratch.max + panel * S::PANEL));
+        let (mut new, mut unknown) = (old, old);
+        let inner = self.fully_visible::<S>(panel, keys, &tiles);
         let queries = self.at(self.queries::<S>(panel));
         for key in tiles.clone().step_by(S::TILE) {
             let to = scores.add(key * S::PANEL);
-            S::scores(staged.add(key * stride), stride, queries, self.scratch.depth, to, &mut new);
+            // The maximum over scores that are still to be changed is of no use.
+            let max = if inner.contains(&key) { &mut new } else { &mut unknown };
+            S::scores(staged.add(key * stride), stride, queries, self.scratch.depth, to, max);
         }
-        if self.modify::<S>(panel, keys, &tiles) {
-            new = old;
-            for key in tiles.clone() {
+        if inner != tiles {
+            let rows = self.panel_rows::<S>(panel);
+            let changed = self.modify::<S>(&rows, keys, &tiles, &inner);
+            for key in changed.into_iter().flatten() {
                 for (n, max) in new.as_mut().iter_mut().enumerate() {
                     *max = S::max(S::load(scores.add(key * S::PANEL + n * S::LANES)), *max);
                 }
@@ -296,33 +307,50 @@ impl Work<'_, '_> {
         rescale
     }
 
-    /// Softcap, ALiBi, bias and visibility. Returns whether anything changed.
+    /// The part of `tiles` whose scores are final: every row sees every key and no score is modified.
     #[inline(always)]
-    unsafe fn modify<S: Simd>(&self, panel: usize, keys: &Range<usize>, tiles: &Range<usize>) -> bool {
+    fn fully_visible<S: Simd>(&self, panel: usize, keys: &Range<usize>, tiles: &Range<usize>) -> Range<usize> {
         let problem = self.call.problem;
-        let rows = self.panel_rows::<S>(panel);
-        let mut changed = false;
+        if problem.softcap > 0.0 || problem.alibi.is_some() || problem.bias.is_some() {
+            return tiles.start..tiles.start;
+        }
+        self.seen_by_all::<S>(&self.panel_rows::<S>(panel), keys, tiles)
+    }
+
+    /// Whole tiles that every row sees.
+    #[inline(always)]
+    fn seen_by_all<S: Simd>(&self, rows: &Range<usize>, keys: &Range<usize>, tiles: &Range<usize>) -> Range<usize> {
+        let first = self.call.visible(&self.task.sequence, rows.start);
+        let last = self.call.visible(&self.task.sequence, rows.end - 1);
+        let relative = |key: usize| key.clamp(keys.start, keys.end) - keys.start;
+        let start = relative(last.start).next_multiple_of(S::TILE).max(tiles.start);
+        let end = relative(first.end) / S::TILE * S::TILE;
+        if start < end.min(tiles.end) { start..end.min(tiles.end) } else { tiles.start..tiles.start }
+    }
+
+    /// Softcap, ALiBi, bias and visibility for the tiles outside `inner`. Returns the keys whose scores it finished.
+    #[inline(always)]
+    unsafe fn modify<S: Simd>(
+        &self,
+        rows: &Range<usize>,
+        keys: &Range<usize>,
+        tiles: &Range<usize>,
+        inner: &Range<usize>,
+    ) -> [Range<usize>; 2] {
+        let problem = self.call.problem;
         if problem.softcap > 0.0 {
             let scores = self.at(self.scratch.scores + tiles.start * S::PANEL);
             score::softcap::<S>(scores, tiles.len() * S::PANEL, problem.softcap);
-            changed = true;
         }
         if problem.alibi.is_some() {
-            self.add_alibi::<S>(&rows, keys, tiles);
-            changed = true;
+            self.add_alibi::<S>(rows, keys, tiles);
         }
         if problem.bias.is_some() {
-            self.add_bias::<S>(&rows, keys, tiles);
-            changed = true;
+            self.add_bias::<S>(rows, keys, tiles);
         }
-        let first = self.call.visible(&self.task.sequence, rows.start);
-        let last = self.call.visible(&self.task.sequence, rows.end - 1);
-        let all_see = last.start.max(keys.start)..first.end.min(keys.end);
-        if all_see.start > keys.start + tiles.start || all_see.end < keys.start + tiles.end {
-            self.hide::<S>(&rows, keys, tiles);
-            changed = true;
-        }
-        changed
+        let seen = self.seen_by_all::<S>(rows, keys, tiles);
+        self.hide::<S>(rows, keys, [tiles.start..seen.start, seen.end..tiles.end]);
+        [tiles.start..inner.start, inner.end..tiles.end]
     }
 
     #[inline(always)]
@@ -374,7 +402,10 @@ impl Work<'_, '_> {
 
     /// Scores of keys that a row does not see become negative infinity.
     #[inline(always)]
-    unsafe fn hide<S: Simd>(&self, rows: &Range<usize>, keys: &Range<usize>, tiles: &Range<usize>) {
+    unsafe fn hide<S: Simd>(&self, rows: &Range<usize>, keys: &Range<usize>, tiles: [Range<usize>; 2]) {
+        if tiles.iter().all(Range::is_empty) {
+            return;
+        }
         let (low, high) = (self.at(self.scratch.lanes), self.at(self.scratch.lanes + S::PANEL));
         for lane in 0..S::PANEL {
             let row = (rows.start + lane).min(rows.end - 1);
@@ -386,7 +417,7 @@ impl Work<'_, '_> {
         }
         for n in (0..S::PANEL).step_by(S::LANES) {
             let (low, high) = (S::load(low.add(n)), S::load(high.add(n)));
-            for key in tiles.clone() {
+            for key in tiles.iter().cloned().flatten() {
                 let p = self.at(self.scratch.scores + key * S::PANEL + n);
                 S::store(p, S::keep_between(S::load(p), S::splat(key as f32), low, high));
             }
@@ -400,18 +431,9 @@ impl Work<'_, '_> {
         let (max, sum) = (self.at(self.scratch.max + panel * S::PANEL), self.at(self.scratch.sum + panel * S::PANEL));
         let rows = self.panel_rows::<S>(panel);
         let staged = self.at(self.scratch.rows);
-        let factors = self.at(self.scratch.lanes);
-        for lane in 0..S::PANEL {
-            let factor = if self.task.partial.is_some() { 1.0 } else { normalizer(sum.add(lane).read()) };
-            factors.add(lane).write(factor);
-        }
+        self.prefetch_out::<S, T>(panel + 1);
         for lane in (0..rows.len()).step_by(S::LANES) {
-            let factor = S::load(factors.add(lane));
             let out = self.at(self.out::<S>(panel) + lane);
-            for column in 0..value_dim {
-                let p = out.add(column * S::PANEL);
-                S::store(p, S::mul(factor, S::load(p)));
-            }
             for column in (0..value_dim).step_by(S::LANES) {
                 S::transpose(out.add(column * S::PANEL), S::PANEL, staged.add(column), value_dim);
             }
@@ -419,6 +441,17 @@ impl Work<'_, '_> {
                 let row = rows.start + lane + i;
                 let (max, sum) = (max.add(lane + i).read(), sum.add(lane + i).read());
                 self.write_row::<S, T>(row, staged.add(i * value_dim), max, sum);
+            }
+        }
+    }
+
+    /// Asks for the output rows of a panel: rows of one head lie apart.
+    #[inline(always)]
+    unsafe fn prefetch_out<S: Simd, T: Element>(&self, panel: usize) {
+        if self.task.partial.is_none() {
+            for row in self.panel_rows::<S>(panel) {
+                let out = self.call.out_row::<T>(self.task, row);
+                prefetch::<S>(out.cast(), self.call.problem.value_dim * size_of::<T>());
             }
         }
     }
@@ -432,7 +465,7 @@ impl Work<'_, '_> {
             to.add(value_dim).write(max);
             to.add(value_dim + 1).write(sum);
         } else {
-            narrow::<S, T>(from, value_dim, self.call.out_row(self.task, row));
+            narrow::<S, T>(from, value_dim, normalizer(sum), self.call.out_row(self.task, row));
             self.call.write_lse(self.task, row, lse(max, sum));
         }
     }

@@ -69,8 +69,6 @@ fn tiles(run: &Run, isa: Isa) -> Vec<CpuTile> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
-
     #[test]
     fn agrees_with_the_reference(case in cases()) {
         let run = Run::new(&case);

@@ -147,6 +147,9 @@ pub(crate) trait Simd: Copy + 'static {
     /// `LANES` rows of `LANES` values become columns. Strides in elements.
     unsafe fn transpose(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize);
 
+    /// Asks for a cache line that will be read soon; any address will do.
+    unsafe fn prefetch(p: *const u8);
+
     /// `scores[TILE][PANEL] = keys[TILE][depth] x queries[depth][PANEL]`; `row_max` gains the column maxima.
     /// `depth` is a multiple of 4; `key_stride` in elements.
     unsafe fn scores(

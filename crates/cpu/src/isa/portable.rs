@@ -128,6 +128,9 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    unsafe fn prefetch(_: *const u8) {}
+
+    #[inline(always)]
     unsafe fn scores(
         keys: *const f32,
         key_stride: usize,
