@@ -1,4 +1,7 @@
-"""metal_flash_attn as an attention implementation of transformers."""
+"""metal_flash_attn as an attention implementation of transformers.
+
+BERT calls the attention interface from transformers 5.0 on; before, it has attention of its own.
+"""
 
 from __future__ import annotations
 
