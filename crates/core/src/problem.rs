@@ -449,12 +449,12 @@ fn max_len(argument: &'static str, value: i64) -> Result<usize> {
 
 fn finite(argument: &'static str, value: f64) -> Result<f32> {
     // Engines fold log2(e) into it, which must not overflow.
-    const LIMIT: f32 = f32::MAX / 4.0;
+    const LIMIT: f32 = 8e37;
     let single = value as f32;
     if single.abs() <= LIMIT {
         return Ok(single);
     }
-    Err(Error::Value { argument, got: value.to_string(), allowed: format!("a number of magnitude up to {LIMIT:e}") })
+    Err(Error::Value { argument, got: value.to_string(), allowed: format!("a number from -{LIMIT:e} to {LIMIT:e}") })
 }
 
 fn softcap(value: f64) -> Result<f32> {
