@@ -132,6 +132,14 @@ report(json.loads(captured.getvalue()))
     assert found == NONE
 
 
+def test_a_module_of_the_denied_package_may_have_the_name(run: Any, packages: Path) -> None:
+    (packages / "asserting" / "flash_attn.py").write_text("name = 'its own'\n")
+    (packages / "asserting" / "user.py").write_text("from .flash_attn import name\n")
+    code = "import flash_attn, asserting.user\nreport(asserting.user.name)"
+    found = run(code, after=[packages], MTLFLASHATTN_SHIM="on", MTLFLASHATTN_SHIM_DENY="asserting")
+    assert found == "its own"
+
+
 def test_a_real_flash_attn_is_never_hidden(run: Any, packages: Path, tmp_path: Path) -> None:
     package = tmp_path / "real" / "flash_attn"
     package.mkdir(parents=True)

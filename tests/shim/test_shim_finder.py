@@ -22,7 +22,7 @@ def ours(site: Path) -> str:
 def real(directory: Path, body: str = "__version__ = '2.8.3'\n") -> Path:
     """A directory that holds a flash_attn 2 as far as the import system can see."""
     package = directory / "flash_attn"
-    package.mkdir(parents=True)
+    package.mkdir(parents=True, exist_ok=True)
     (package / "__init__.py").write_text(body)
     (package / "flash_attn_interface.py").write_text("")
     return directory
@@ -160,6 +160,14 @@ report(importlib.util.find_spec("flash_attn_2_cuda") is None)
     assert run(code, after=[directory], MTLFLASHATTN_SHIM="on") is True
 
 
+def test_an_installed_marker_wins(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "marker").mkdir()
+    (tmp_path / "marker" / "flash_attn_2_cuda.py").write_text("")
+    code = "import flash_attn_2_cuda\nreport(flash_attn_2_cuda.__file__)"
+    found = run(code, after=[tmp_path / "marker"], MTLFLASHATTN_SHIM="on")
+    assert found == str(tmp_path / "marker" / "flash_attn_2_cuda.py")
+
+
 def test_a_real_one_of_an_editable_install_wins(run: Any, tmp_path: Path) -> None:
     # Such an install appends a finder of its own to sys.meta_path.
     directory = real(tmp_path / "checkout")
@@ -224,6 +232,14 @@ def test_flash_attention_4_beside_a_real_one_changes_nothing(run: Any, tmp_path:
     assert found == str(directory / "flash_attn" / "__init__.py")
 
 
+def test_a_real_one_that_shares_its_directory_with_flash_attention_4_wins(
+    run: Any, tmp_path: Path
+) -> None:
+    directory = real(flash_attention_4(tmp_path / "both"))
+    found = run(FIND, before=[directory], MTLFLASHATTN_SHIM="on")
+    assert found == str(directory / "flash_attn" / "__init__.py")
+
+
 def test_flash_attention_4_alone_is_left_alone_when_off(run: Any, tmp_path: Path) -> None:
     directory = flash_attention_4(tmp_path / "four")
     code = """
@@ -242,21 +258,24 @@ def test_leftovers_of_an_uninstalled_package_are_ignored(
 
 
 def test_a_finder_that_asks_everybody_does_not_loop(run: Any, ours: str) -> None:
-    code = (
-        """
+    code = """
+import importlib.util
+calls = []
 class AsksEverybody:
     @staticmethod
     def find_spec(name, path=None, target=None):
+        if name != "flash_attn":
+            return None
+        calls.append(name)
         for finder in sys.meta_path:
             if finder is not AsksEverybody:
                 spec = finder.find_spec(name, path, target)
                 if spec is not None:
                     return spec
 sys.meta_path.append(AsksEverybody)
+report([importlib.util.find_spec("flash_attn").origin, len(calls)])
 """
-        + FIND
-    )
-    assert run(code, MTLFLASHATTN_SHIM="on") == ours
+    assert run(code, MTLFLASHATTN_SHIM="on") == [ours, 1]
 
 
 def test_an_error_in_another_finder_is_left_to_it(run: Any) -> None:
@@ -300,19 +319,26 @@ report([flash_attn.__file__, flash_attn.__version__])
     assert run(code, MTLFLASHATTN_SHIM="on") == [ours, "2.8.3"]
 
 
-def test_many_threads_find_the_same(run: Any, ours: str) -> None:
+def test_many_threads_find_the_same(run: Any) -> None:
+    # Import statements wait for each other; questions about metadata do not.
     code = """
-import importlib.util, threading
+import importlib.metadata, threading, time
+class Slow:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "flash_attn":
+            time.sleep(0.02)
+sys.meta_path.append(Slow)
 barrier, found = threading.Barrier(16), []
 def look():
     barrier.wait()
-    found.append(importlib.util.find_spec("flash_attn").origin)
+    found.append(importlib.metadata.version("flash_attn"))
 threads = [threading.Thread(target=look) for _ in range(16)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
-report([len(found), *set(found)])
+report(found)
 """
-    assert run(code, MTLFLASHATTN_SHIM="on") == [16, ours]
+    assert run(code, MTLFLASHATTN_SHIM="on") == ["2.8.3"] * 16
 
 
 def test_the_marker_says_what_is_missing(run: Any) -> None:

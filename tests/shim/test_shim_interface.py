@@ -27,6 +27,8 @@ WRAPPED = [
     "flash_attn_varlen_backward",
 ]
 
+SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+
 
 @pytest.fixture
 def packed() -> dict[str, Any]:
@@ -67,10 +69,18 @@ def test_forward(
 ) -> None:
     q, k, v = dense()
     expected = metal_flash_attn.flash_attn_func(
-        q, k, v, softmax_scale=0.3, causal=causal, window_size=window, return_attn_probs=True
+        q,
+        k,
+        v,
+        softmax_scale=0.3,
+        causal=causal,
+        window_size=window,
+        softcap=2.0,
+        alibi_slopes=SLOPES,
+        return_attn_probs=True,
     )
     out, lse, probabilities, rng_state = interface._flash_attn_forward(
-        q, k, v, dropout_p, 0.3, causal, *window, 0.0, None, return_softmax
+        q, k, v, dropout_p, 0.3, causal, *window, 2.0, SLOPES, return_softmax
     )
     assert torch.equal(out, expected[0])
     assert torch.equal(lse, expected[1])
@@ -84,7 +94,13 @@ def test_forward(
 @pytest.mark.parametrize("causal", [False, True])
 def test_varlen_forward(packed: dict[str, Any], causal: bool) -> None:
     expected = metal_flash_attn.flash_attn_varlen_func(
-        **packed, softmax_scale=0.3, causal=causal, window_size=(3, -1), return_attn_probs=True
+        **packed,
+        softmax_scale=0.3,
+        causal=causal,
+        window_size=(3, -1),
+        softcap=2.0,
+        alibi_slopes=SLOPES,
+        return_attn_probs=True,
     )
     out, lse, probabilities, rng_state = interface._flash_attn_varlen_forward(
         **packed,
@@ -93,6 +109,8 @@ def test_varlen_forward(packed: dict[str, Any], causal: bool) -> None:
         causal=causal,
         window_size_left=3,
         window_size_right=-1,
+        softcap=2.0,
+        alibi_slopes=SLOPES,
     )
     assert torch.equal(out, expected[0])
     assert torch.equal(lse, expected[1])

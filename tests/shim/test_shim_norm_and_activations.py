@@ -28,11 +28,10 @@ def normalized(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def assert_rounded(got: Tensor, expected: Tensor, operations: int) -> None:
-    """`got` is `expected` after so many fp32 roundings and one to its own dtype."""
-    wide = torch.finfo(F64 if got.dtype == F64 else torch.float32).eps
-    relative = operations * wide + torch.finfo(got.dtype).eps
-    largest = float(expected.abs().max())
-    assert float((got.to(F64) - expected).abs().max()) <= relative * largest
+    """`got` is `expected` after so many fp32 roundings and one, to nearest, to its own dtype."""
+    own, wide = torch.finfo(got.dtype), torch.finfo(F64 if got.dtype == F64 else torch.float32)
+    bound = operations * wide.eps * expected.abs().max() + own.eps / 2 * expected.abs()
+    assert bool(((got.to(F64) - expected).abs() <= bound + own.smallest_normal * own.eps).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
