@@ -101,8 +101,8 @@ report(check_imports({str(remote)!r}))
 
 
 def test_transformers_can_be_imported_and_asked(run_installed: Any) -> None:
-    # Some versions look flash_attn up among the distributions while they are imported, without a
-    # default (transformers issue 45520). Without CUDA every version answers no.
+    # transformers 5.5 looks flash_attn up among the distributions while it is imported, without a
+    # default. Without CUDA every version answers no.
     if find_spec("transformers") is None:
         pytest.skip("transformers is not installed")
     code = """
