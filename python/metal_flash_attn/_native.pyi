@@ -1,9 +1,22 @@
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any, final
 
 from torch import Tensor
 from typing_extensions import Self
+
+__all__ = [
+    "Plan",
+    "Trace",
+    "TraceEntry",
+    "_panic",
+    "check_operator",
+    "execute_operator",
+    "fma_peak",
+    "forward",
+    "instruction_sets",
+    "plan",
+    "read_bandwidth",
+]
 
 @final
 class Plan:
@@ -54,10 +67,7 @@ class Trace:
 
     def __new__(cls) -> Self: ...
     def __enter__(self) -> Self: ...
-    def __exit__(
-        self,
-        *_exception: type[BaseException] | BaseException | TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *_exception: object) -> None: ...
     @property
     def calls(self) -> list[TraceEntry]:
         """What was counted so far, most frequent first."""

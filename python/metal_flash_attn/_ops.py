@@ -1,7 +1,7 @@
 """`torch.ops.mtlflashattn.forward`: attention as an operator that torch can see.
 
-Plain CPU tensors in eager mode do not come this way. Everything else does: torch.compile and export,
-fake and meta tensors, functorch, subclasses, dispatch modes, other devices.
+Plain CPU tensors in eager mode do not come this way. Everything else does: torch.compile and
+export, fake and meta tensors, functorch, subclasses, dispatch modes, other devices.
 """
 
 from typing import Any, NoReturn
@@ -35,7 +35,7 @@ def dispatch(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def check_tensor(name: str, tensor: Any) -> None:
-    """Raises if `tensor`, which the caller knows as `name`, is of a kind that the operator would misread."""
+    """Raises if the operator would misread `tensor`, which the caller knows as `name`."""
     if not isinstance(tensor, Tensor):
         return  # It stands in for a tensor, and __torch_function__ says how.
     if tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided:
@@ -103,7 +103,7 @@ def _execute(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Shapes and strides of the results; `allocate` in crates/python/src/execute.rs is the original."""
+    """Shapes and strides of the results, as `allocate` in crates/python/src/execute.rs has them."""
     if not any(isinstance(argument, torch.SymInt) for argument in arguments):
         _native.check_operator(arguments)
     q, v = arguments[0], arguments[2]

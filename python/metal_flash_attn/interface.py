@@ -1,23 +1,23 @@
 """The public functions: names, defaults and results of flash_attn 2.8.
 
-Shapes: B sequences of Lq queries and Lk keys; H query heads and Hk key heads, Hk divides H and query
-head h reads key head `h // (H / Hk)`; head dimension D, of v and the output Dv (flash_attn: Dv = D).
-Packed ("varlen") tensors hold the sequences behind one another: Tq query rows and Tk key rows.
+Shapes: B sequences of Lq queries and Lk keys; H query heads and Hk key heads, where Hk divides H and
+query head h reads key head `h // (H / Hk)`; head dimension D, of v and the output Dv (flash_attn has
+Dv = D). Packed ("varlen") tensors hold the sequences behind one another: Tq rows of q, Tk of k and v.
 
-What all functions share (Dao, "FlashAttention-2", 2023, and the flash_attn 2.8 documentation):
+What all functions share (Dao, "FlashAttention-2", 2023, and the documentation of flash_attn 2.8):
 
 * dtypes float32 (an extension), float16 and bfloat16; q, k and v have the same one, and so has out.
   Sums, softmax and log-sum-exp are float32.
-* any strides whose last one is 1 are read in place, other tensors are copied.
-* key j is visible to query i if `i + Lk - Lq - left <= j <= i + Lk - Lq + right`; a negative bound is
-  open, and `causal` sets right to 0. A query that sees no key gets 0, and log-sum-exp +inf.
-* scores are `q . k * softmax_scale`, then `softcap * tanh(score / softcap)` if softcap is not 0, then
-  minus `slope * |i + Lk - Lq - j|` with ALiBi slopes.
+* any strides whose last one is 1 are read in place; other tensors are copied.
+* key j is visible to query i if `i + Lk - Lq - left <= j <= i + Lk - Lq + right`; a negative bound
+  is open, and `causal` sets right to 0. A query that sees no key gets 0, and log-sum-exp +inf.
+* scores are `q . k * softmax_scale`, then `softcap * tanh(score / softcap)` if softcap is not 0,
+  then minus `slope * |i + Lk - Lq - j|` with ALiBi slopes.
 * out is laid out as `torch.empty_like(q)`, or contiguous where Dv != D.
-* meta and fake tensors give results of the same kind, with the shapes and strides of the real ones.
+* meta and fake tensors give results of the same kind, with the shapes and strides of real ones.
 
 Errors: ValueError for shapes and values, TypeError for dtypes and types, NotImplementedError for
-dropout and for inputs that require grad while grad mode is on.
+dropout, and for inputs that require grad while grad mode is on.
 """
 
 from collections.abc import Sequence
@@ -349,12 +349,13 @@ def attention(
     _check_bias_and_mask(bias, mask)
     attend = traced if is_dynamo_compiling() else forward
     # fmt: off
-    return attend(
+    result: Tensor | tuple[Tensor, Tensor] = attend(
         1, cu_seqlens_q is not None, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
         max_seqlen_k, 0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, bias, mask,
         sinks, bool(top_left), bool(return_lse),
     )
     # fmt: on
+    return result
 
 
 def plan(
