@@ -140,8 +140,8 @@ impl<'a> Call<'a> {
         self.outputs.out.cast::<T>().offset(offset(strides, &task.sequence, token, self.head(task, row)))
     }
 
-    /// Writes the LSE of row `row` when it is wanted.
-    pub(crate) unsafe fn write_lse(&self, task: &Task, row: usize, lse: f32) {
+    /// Writes the LSE of row `row`, when it is wanted, from the running maximum (in units of log2) and sum.
+    pub(crate) unsafe fn write_lse(&self, task: &Task, row: usize, max: f32, sum: f32) {
         if self.outputs.lse.is_null() {
             return;
         }
@@ -152,7 +152,7 @@ impl<'a> Call<'a> {
             }
             Lengths::Packed { total_query, .. } => head * total_query + task.sequence.query_start + query,
         };
-        self.outputs.lse.add(index).write(lse);
+        self.outputs.lse.add(index).write(lse(max, sum));
     }
 
     /// ALiBi slope of row `row`.
@@ -171,7 +171,7 @@ impl<'a> Call<'a> {
 }
 
 /// Natural logarithm of the sum of `exp` from a running maximum (in units of log2) and a sum relative to it.
-pub(crate) fn lse(max: f32, sum: f32) -> f32 {
+fn lse(max: f32, sum: f32) -> f32 {
     if sum == 0.0 { f32::INFINITY } else { (max + sum.log2()) * std::f32::consts::LN_2 }
 }
 

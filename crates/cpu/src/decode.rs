@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use crate::call::{Call, Task, lse, normalizer};
+use crate::call::{Call, Task, normalizer};
 use crate::element::{Element, narrow, widen};
 use crate::interrupt::Ticker;
 use crate::isa::Simd;
@@ -279,7 +279,7 @@ impl Work<'_, '_> {
                 continue;
             }
             narrow::<S, T>(out, value_dim, normalizer(sum), self.call.out_row(self.task, row));
-            self.call.write_lse(self.task, row, lse(max, sum));
+            self.call.write_lse(self.task, row, max, sum);
         }
     }
 }

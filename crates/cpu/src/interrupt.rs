@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 /// How often the calling thread asks.
 const INTERVAL: Duration = Duration::from_millis(50);
+/// Blocks of keys between two looks at the clock, which takes as long as a small block.
+const BLOCKS: u32 = 8;
 
 /// Set once when the call shall end.
 #[derive(Default)]
@@ -23,7 +25,28 @@ impl Stop {
 /// One thread's view of [`Stop`]; the calling thread also asks its callback.
 pub(crate) struct Ticker<'a> {
     stop: &'a Stop,
-    caller: Option<(&'a mut dyn FnMut() -> bool, Instant)>,
+    caller: Option<Caller<'a>>,
+}
+
+struct Caller<'a> {
+    interrupted: &'a mut dyn FnMut() -> bool,
+    blocks: u32,
+    last: Option<Instant>,
+}
+
+impl Caller<'_> {
+    fn ask(&mut self) -> bool {
+        self.blocks += 1;
+        if !self.blocks.is_multiple_of(BLOCKS) {
+            return false;
+        }
+        let last = *self.last.get_or_insert_with(Instant::now);
+        if last.elapsed() < INTERVAL {
+            return false;
+        }
+        self.last = Some(Instant::now());
+        (self.interrupted)()
+    }
 }
 
 impl<'a> Ticker<'a> {
@@ -32,18 +55,13 @@ impl<'a> Ticker<'a> {
     }
 
     pub(crate) fn caller(stop: &'a Stop, interrupted: &'a mut dyn FnMut() -> bool) -> Self {
-        Self { stop, caller: Some((interrupted, Instant::now())) }
+        Self { stop, caller: Some(Caller { interrupted, blocks: 0, last: None }) }
     }
 
     /// Whether to stop now; cheap enough for every block of keys.
     pub(crate) fn should_stop(&mut self) -> bool {
-        if let Some((interrupted, last)) = &mut self.caller
-            && last.elapsed() >= INTERVAL
-        {
-            *last = Instant::now();
-            if interrupted() {
-                self.stop.set();
-            }
+        if self.caller.as_mut().is_some_and(Caller::ask) {
+            self.stop.set();
         }
         self.stop.is_set()
     }

@@ -1,6 +1,6 @@
 //! Merging the results of key splits: `O = sum_s w_s O_s / sum_s w_s l_s` with `w_s = 2^(m_s - m)`.
 
-use crate::call::{Call, Task, lse, normalizer};
+use crate::call::{Call, Task, normalizer};
 use crate::element::Element;
 
 /// Merges all rows of `task`. Each split holds, per row, an unnormalised output, a maximum and a sum.
@@ -27,6 +27,6 @@ pub(crate) unsafe fn run<T: Element>(call: &Call<'_>, task: &Task, splits: &[*co
         for (column, &merged) in merged.iter().enumerate() {
             out.add(column).write(T::from_f32(merged * factor));
         }
-        call.write_lse(task, row, lse(max, sum));
+        call.write_lse(task, row, max, sum);
     }
 }

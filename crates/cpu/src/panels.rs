@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use crate::call::{Call, Task, lse, normalizer};
+use crate::call::{Call, Task, normalizer};
 use crate::element::{Element, narrow, widen};
 use crate::interrupt::Ticker;
 use crate::isa::Simd;
@@ -124,6 +124,11 @@ impl Work<'_, '_> {
         start..(start + S::PANEL).min(self.task.rows.end)
     }
 
+    /// Vectors that hold the rows of a panel; the last panel of a task may need fewer than the others.
+    fn vectors<S: Simd>(&self, panel: usize) -> usize {
+        self.panel_rows::<S>(panel).len().div_ceil(S::LANES)
+    }
+
     /// Transposes the panel's rows of q, scaled, to `[query_depth][PANEL]`.
     #[inline(always)]
     unsafe fn pack_queries<S: Simd, T: Element>(&self, panel: usize) {
@@ -134,7 +139,7 @@ impl Work<'_, '_> {
         }
         let factor = S::splat(score::query_factor(self.call.problem));
         let staged = self.at(self.scratch.rows);
-        for lane in (0..S::PANEL).step_by(S::LANES) {
+        for lane in (0..rows.len()).step_by(S::LANES) {
             for i in 0..S::LANES {
                 let row = rows.start + lane + i;
                 let to = staged.add(i * depth);
@@ -254,6 +259,7 @@ impl Work<'_, '_> {
         staged: *const f32,
         stride: usize,
     ) {
+        let vectors = self.vectors::<S>(panel);
         let scores = self.at(self.scratch.scores);
         let old = load_row::<S>(self.at(self.scratch.max + panel * S::PANEL));
         let (mut new, mut unknown) = (old, old);
@@ -263,13 +269,13 @@ impl Work<'_, '_> {
             let to = scores.add(key * S::PANEL);
             // The maximum over scores that are still to be changed is of no use.
             let max = if inner.contains(&key) { &mut new } else { &mut unknown };
-            S::scores(staged.add(key * stride), stride, queries, self.scratch.depth, to, max);
+            S::scores(vectors, staged.add(key * stride), stride, queries, self.scratch.depth, to, max);
         }
         if inner != tiles {
             let rows = self.panel_rows::<S>(panel);
             let changed = self.modify::<S>(&rows, keys, &tiles, &inner);
             for key in changed.into_iter().flatten() {
-                for (n, max) in new.as_mut().iter_mut().enumerate() {
+                for (n, max) in new.as_mut()[..vectors].iter_mut().enumerate() {
                     *max = S::max(S::load(scores.add(key * S::PANEL + n * S::LANES)), *max);
                 }
             }
@@ -280,7 +286,7 @@ impl Work<'_, '_> {
         let probabilities = scores.add(tiles.start * S::PANEL);
         for column in (0..self.call.problem.value_dim).step_by(S::TILE) {
             let from = values.add(column * padded + tiles.start * S::TILE);
-            S::values(from, probabilities, tiles.len(), out.add(column * S::PANEL), &rescale);
+            S::values(vectors, from, probabilities, tiles.len(), out.add(column * S::PANEL), &rescale);
         }
     }
 
@@ -290,12 +296,13 @@ impl Work<'_, '_> {
         let scores = self.at(self.scratch.scores);
         let (max, sum) = (self.at(self.scratch.max + panel * S::PANEL), self.at(self.scratch.sum + panel * S::PANEL));
         let (mut rescale, mut total) = (old, new);
-        for n in 0..S::PANEL / S::LANES {
+        let vectors = self.vectors::<S>(panel);
+        for n in 0..vectors {
             rescale.as_mut()[n] = math::exp2::<S>(S::sub(old.as_ref()[n], new.as_ref()[n]));
             total.as_mut()[n] = S::mul(rescale.as_ref()[n], S::load(sum.add(n * S::LANES)));
         }
         for key in tiles.clone() {
-            for n in 0..S::PANEL / S::LANES {
+            for n in 0..vectors {
                 let p = scores.add(key * S::PANEL + n * S::LANES);
                 let probability = math::exp2::<S>(S::sub(S::load(p), new.as_ref()[n]));
                 total.as_mut()[n] = S::add(total.as_ref()[n], probability);
@@ -466,7 +473,7 @@ impl Work<'_, '_> {
             to.add(value_dim + 1).write(sum);
         } else {
             narrow::<S, T>(from, value_dim, normalizer(sum), self.call.out_row(self.task, row));
-            self.call.write_lse(self.task, row, lse(max, sum));
+            self.call.write_lse(self.task, row, max, sum);
         }
     }
 }

@@ -3,7 +3,7 @@
 
 use std::arch::{asm, x86_64::*};
 
-use super::Simd;
+use super::{Simd, tile};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Avx2;
@@ -247,6 +247,7 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     unsafe fn scores(
+        vectors: usize,
         keys: *const f32,
         key_stride: usize,
         queries: *const f32,
@@ -254,6 +255,11 @@ impl Simd for Avx2 {
         scores: *mut f32,
         row_max: &mut Self::Row,
     ) {
+        match vectors {
+            1 => return tile::scores::<Self, 4, 1>(keys, key_stride, queries, depth, scores, row_max),
+            2 => return tile::scores::<Self, 4, 2>(keys, key_stride, queries, depth, scores, row_max),
+            _ => {}
+        }
         for (r, row) in scores_tile(keys, key_stride, queries, depth).iter().enumerate() {
             for (n, &score) in row.iter().enumerate() {
                 _mm256_store_ps(scores.add((r * 3 + n) * 8), score);
@@ -263,7 +269,19 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn values(values: *const f32, probabilities: *const f32, keys: usize, out: *mut f32, rescale: &Self::Row) {
+    unsafe fn values(
+        vectors: usize,
+        values: *const f32,
+        probabilities: *const f32,
+        keys: usize,
+        out: *mut f32,
+        rescale: &Self::Row,
+    ) {
+        match vectors {
+            1 => return tile::values::<Self, 4, 1>(values, probabilities, keys, out, rescale),
+            2 => return tile::values::<Self, 4, 2>(values, probabilities, keys, out, rescale),
+            _ => {}
+        }
         let mut acc = [[_mm256_setzero_ps(); 3]; 4];
         for (r, row) in acc.iter_mut().enumerate() {
             for (n, acc) in row.iter_mut().enumerate() {

@@ -151,6 +151,7 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     unsafe fn scores(
+        vectors: usize,
         keys: *const f32,
         key_stride: usize,
         queries: *const f32,
@@ -158,11 +159,24 @@ impl Simd for Avx512 {
         scores: *mut f32,
         row_max: &mut Self::Row,
     ) {
-        tile::scores::<Self, 8, 2>(keys, key_stride, queries, depth, scores, row_max);
+        match vectors {
+            1 => tile::scores::<Self, 8, 1>(keys, key_stride, queries, depth, scores, row_max),
+            _ => tile::scores::<Self, 8, 2>(keys, key_stride, queries, depth, scores, row_max),
+        }
     }
 
     #[inline(always)]
-    unsafe fn values(values: *const f32, probabilities: *const f32, keys: usize, out: *mut f32, rescale: &Self::Row) {
-        tile::values::<Self, 8, 2>(values, probabilities, keys, out, rescale);
+    unsafe fn values(
+        vectors: usize,
+        values: *const f32,
+        probabilities: *const f32,
+        keys: usize,
+        out: *mut f32,
+        rescale: &Self::Row,
+    ) {
+        match vectors {
+            1 => tile::values::<Self, 8, 1>(values, probabilities, keys, out, rescale),
+            _ => tile::values::<Self, 8, 2>(values, probabilities, keys, out, rescale),
+        }
     }
 }

@@ -151,8 +151,10 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn prefetch(p: *const u8);
 
     /// `scores[TILE][PANEL] = keys[TILE][depth] x queries[depth][PANEL]`; `row_max` gains the column maxima.
-    /// `depth` is a multiple of 4; `key_stride` in elements.
+    /// `depth` is a multiple of 4; `key_stride` in elements. Only the first `vectors` vectors of a row are computed.
+    #[allow(clippy::too_many_arguments, reason = "two operands, their sizes, a result and its maximum")]
     unsafe fn scores(
+        vectors: usize,
         keys: *const f32,
         key_stride: usize,
         queries: *const f32,
@@ -161,6 +163,13 @@ pub(crate) trait Simd: Copy + 'static {
         row_max: &mut Self::Row,
     );
     /// `out[TILE][PANEL] = out * rescale + values[keys][TILE]^T x probabilities[keys][PANEL]`; `keys` is a multiple of
-    /// `TILE`.
-    unsafe fn values(values: *const f32, probabilities: *const f32, keys: usize, out: *mut f32, rescale: &Self::Row);
+    /// `TILE`. Only the first `vectors` vectors of a row are computed.
+    unsafe fn values(
+        vectors: usize,
+        values: *const f32,
+        probabilities: *const f32,
+        keys: usize,
+        out: *mut f32,
+        rescale: &Self::Row,
+    );
 }

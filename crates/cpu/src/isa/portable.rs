@@ -132,6 +132,7 @@ impl Simd for Portable {
 
     #[inline(always)]
     unsafe fn scores(
+        vectors: usize,
         keys: *const f32,
         key_stride: usize,
         queries: *const f32,
@@ -139,11 +140,20 @@ impl Simd for Portable {
         scores: *mut f32,
         row_max: &mut Self::Row,
     ) {
+        debug_assert_eq!(vectors, 1);
         tile::scores::<Self, 4, 1>(keys, key_stride, queries, depth, scores, row_max);
     }
 
     #[inline(always)]
-    unsafe fn values(values: *const f32, probabilities: *const f32, keys: usize, out: *mut f32, rescale: &Self::Row) {
+    unsafe fn values(
+        vectors: usize,
+        values: *const f32,
+        probabilities: *const f32,
+        keys: usize,
+        out: *mut f32,
+        rescale: &Self::Row,
+    ) {
+        debug_assert_eq!(vectors, 1);
         tile::values::<Self, 4, 1>(values, probabilities, keys, out, rescale);
     }
 }

@@ -1,5 +1,5 @@
-//! The register tile for instruction sets whose registers outnumber it: written with vectors, kept in registers by the
-//! compiler (`tests/disassembly.rs` checks that).
+//! The register tile for instruction sets whose registers outnumber it, and for panels that are only partly filled:
+//! written with vectors, kept in registers by the compiler (`tests/disassembly.rs` checks that).
 
 use super::Simd;
 
@@ -14,10 +14,7 @@ unsafe fn outer_products<S: Simd, const ROWS: usize, const VECTORS: usize>(
     acc: &mut [[S::Vector; VECTORS]; ROWS],
 ) {
     for _ in 0..steps {
-        let mut row = [S::splat(0.0); VECTORS];
-        for (n, vector) in row.iter_mut().enumerate() {
-            *vector = S::load(b.add(n * S::LANES));
-        }
+        let row: [S::Vector; VECTORS] = std::array::from_fn(|n| S::load(b.add(n * S::LANES)));
         for (r, acc) in acc.iter_mut().enumerate() {
             let x = S::splat(*a.add(r * row_stride));
             for (n, acc) in acc.iter_mut().enumerate() {
@@ -25,7 +22,7 @@ unsafe fn outer_products<S: Simd, const ROWS: usize, const VECTORS: usize>(
             }
         }
         a = a.add(step_stride);
-        b = b.add(VECTORS * S::LANES);
+        b = b.add(S::PANEL);
     }
 }
 
@@ -43,7 +40,7 @@ pub(super) unsafe fn scores<S: Simd, const ROWS: usize, const VECTORS: usize>(
     outer_products::<S, ROWS, VECTORS>(keys, key_stride, 1, queries, depth, &mut acc);
     for (r, acc) in acc.iter().enumerate() {
         for (n, &score) in acc.iter().enumerate() {
-            S::store(scores.add((r * VECTORS + n) * S::LANES), score);
+            S::store(scores.add(r * S::PANEL + n * S::LANES), score);
             let max = &mut row_max.as_mut()[n];
             *max = S::max(score, *max);
         }
@@ -62,13 +59,13 @@ pub(super) unsafe fn values<S: Simd, const ROWS: usize, const VECTORS: usize>(
     let mut acc = [[S::splat(0.0); VECTORS]; ROWS];
     for (r, acc) in acc.iter_mut().enumerate() {
         for (n, acc) in acc.iter_mut().enumerate() {
-            *acc = S::mul(S::load(out.add((r * VECTORS + n) * S::LANES)), rescale.as_ref()[n]);
+            *acc = S::mul(S::load(out.add(r * S::PANEL + n * S::LANES)), rescale.as_ref()[n]);
         }
     }
     outer_products::<S, ROWS, VECTORS>(values, 1, ROWS, probabilities, keys, &mut acc);
     for (r, acc) in acc.iter().enumerate() {
         for (n, &o) in acc.iter().enumerate() {
-            S::store(out.add((r * VECTORS + n) * S::LANES), o);
+            S::store(out.add(r * S::PANEL + n * S::LANES), o);
         }
     }
 }
