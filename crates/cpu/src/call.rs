@@ -42,19 +42,16 @@ pub(crate) struct Call<'a> {
     pub(crate) tile: &'a CpuTile,
     pub(crate) inputs: &'a Inputs<'a>,
     pub(crate) outputs: &'a Outputs,
+    /// Query heads that share a key head.
+    pub(crate) group: usize,
 }
 
 // SAFETY: inputs are only read, and tasks write disjoint rows of the outputs.
 unsafe impl Sync for Call<'_> {}
 
 impl<'a> Call<'a> {
-    pub(crate) const fn new(
-        problem: &'a Problem,
-        tile: &'a CpuTile,
-        inputs: &'a Inputs<'a>,
-        outputs: &'a Outputs,
-    ) -> Self {
-        Self { problem, tile, inputs, outputs }
+    pub(crate) fn new(problem: &'a Problem, tile: &'a CpuTile, inputs: &'a Inputs<'a>, outputs: &'a Outputs) -> Self {
+        Self { problem, tile, inputs, outputs, group: problem.group() }
     }
 
     /// Sequence number `index`.
@@ -79,7 +76,7 @@ impl<'a> Call<'a> {
 
     /// Query head of row `row`.
     pub(crate) const fn head(&self, task: &Task, row: usize) -> usize {
-        match self.problem.group() {
+        match self.group {
             1 => task.key_head,
             group => task.key_head * group + row % group,
         }
@@ -87,7 +84,7 @@ impl<'a> Call<'a> {
 
     /// Query of row `row`.
     pub(crate) const fn query(&self, row: usize) -> usize {
-        match self.problem.group() {
+        match self.group {
             1 => row,
             group => row / group,
         }

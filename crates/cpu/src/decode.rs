@@ -115,7 +115,10 @@ impl Work<'_, '_> {
         for (i, row) in self.task.rows.clone().enumerate() {
             let to = self.at(self.scratch.queries + i * self.scratch.depth);
             let from = self.call.q_row::<T>(self.task, row);
-            widen::<S, T>(from, self.call.problem.head_dim, self.scratch.depth, factor, to);
+            widen::<S, T>(from, self.call.problem.head_dim, self.scratch.depth, to);
+            for column in (0..self.scratch.depth).step_by(S::LANES) {
+                S::store(to.add(column), S::mul(factor, S::load(to.add(column))));
+            }
             let sink = if self.task.first_split { self.call.sink(self.task, row) } else { None };
             let (max, sum) = sink.map_or((f32::MIN, 0.0), |sink| (sink, 1.0));
             self.at(self.scratch.state + 2 * i).write(max);
@@ -154,7 +157,7 @@ impl Work<'_, '_> {
         let to = self.at(to);
         for row in 0..count {
             rows.prefetch_behind::<S>(row);
-            widen::<S, T>(rows.row(row), rows.width(), width, S::splat(1.0), to.add(row * width));
+            widen::<S, T>(rows.row(row), rows.width(), width, to.add(row * width));
         }
         Rows::new(to, width as isize, width)
     }
@@ -278,7 +281,11 @@ impl Work<'_, '_> {
                 to.add(value_dim + 1).write(sum);
                 continue;
             }
-            narrow::<S, T>(out, value_dim, normalizer(sum), self.call.out_row(self.task, row));
+            let factor = S::splat(normalizer(sum));
+            for column in (0..self.scratch.value_dim).step_by(S::LANES) {
+                S::store(out.add(column), S::mul(factor, S::load(out.add(column))));
+            }
+            narrow::<S, T>(out, value_dim, self.call.out_row(self.task, row));
             self.call.write_lse(self.task, row, max, sum);
         }
     }

@@ -86,45 +86,31 @@ impl Element for bf16 {
     }
 }
 
-/// Reads `len` elements as float32 and writes them times `factor`, then zeros up to `padded` elements.
+/// Reads `len` elements as float32, and writes them and zeros up to `padded` elements.
 #[inline(always)]
-pub(crate) unsafe fn widen<S: Simd, T: Element>(
-    from: *const T,
-    len: usize,
-    padded: usize,
-    factor: S::Vector,
-    to: *mut f32,
-) {
+pub(crate) unsafe fn widen<S: Simd, T: Element>(from: *const T, len: usize, padded: usize, to: *mut f32) {
     let mut i = 0;
     while i + S::LANES <= len {
-        S::store(to.add(i), S::mul(factor, T::load::<S>(from.add(i))));
+        S::store(to.add(i), T::load::<S>(from.add(i)));
         i += S::LANES;
     }
-    if i < len {
-        // The tail goes through a full vector, so that every element is rounded alike and nothing is read past the end.
-        let mut tail = [0.0f32; 64];
-        for j in i..len {
-            tail[j - i] = from.add(j).read().to_f32();
-        }
-        S::store(tail.as_mut_ptr(), S::mul(factor, S::load(tail.as_ptr())));
-        for j in i..len {
-            to.add(j).write(tail[j - i]);
-        }
+    for j in i..len {
+        to.add(j).write(from.add(j).read().to_f32());
     }
     for j in len..padded {
         to.add(j).write(0.0);
     }
 }
 
-/// Rounds `len` float32 values times `factor` to elements.
+/// Rounds `len` float32 values to elements.
 #[inline(always)]
-pub(crate) unsafe fn narrow<S: Simd, T: Element>(from: *const f32, len: usize, factor: f32, to: *mut T) {
+pub(crate) unsafe fn narrow<S: Simd, T: Element>(from: *const f32, len: usize, to: *mut T) {
     let mut i = 0;
     while i + S::LANES <= len {
-        T::store::<S>(to.add(i), S::mul(S::splat(factor), S::load(from.add(i))));
+        T::store::<S>(to.add(i), S::load(from.add(i)));
         i += S::LANES;
     }
     for j in i..len {
-        to.add(j).write(T::from_f32(factor * from.add(j).read()));
+        to.add(j).write(T::from_f32(from.add(j).read()));
     }
 }

@@ -1,4 +1,6 @@
 //! Elementary functions over vectors.
+#![allow(clippy::excessive_precision, reason = "coefficients as they are published")]
+#![allow(clippy::approx_constant, reason = "a coefficient near ln 2 is not ln 2")]
 
 use crate::isa::Simd;
 

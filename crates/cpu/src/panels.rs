@@ -129,29 +129,57 @@ impl Work<'_, '_> {
         self.panel_rows::<S>(panel).len().div_ceil(S::LANES)
     }
 
+    /// Whether `lanes` rows of q or out from `lane` on can be transposed where they lie: full vectors of float32 rows
+    /// of equal distance.
+    #[inline(always)]
+    fn in_place<S: Simd, T: Element>(&self, lane: usize, rows: &Range<usize>, dim: usize) -> bool {
+        T::IS_F32 && self.call.group == 1 && lane + S::LANES <= rows.len() && dim.is_multiple_of(S::LANES)
+    }
+
     /// Transposes the panel's rows of q, scaled, to `[query_depth][PANEL]`.
     #[inline(always)]
     unsafe fn pack_queries<S: Simd, T: Element>(&self, panel: usize) {
         let (rows, depth) = (self.panel_rows::<S>(panel), self.scratch.query_depth);
-        for row in self.panel_rows::<S>(panel + 1) {
-            let q = self.call.q_row::<T>(self.task, row);
-            prefetch::<S>(q.cast(), self.call.problem.head_dim * size_of::<T>());
-        }
+        self.prefetch_queries::<S, T>(panel + 1);
         let factor = S::splat(score::query_factor(self.call.problem));
-        let staged = self.at(self.scratch.rows);
         for lane in (0..rows.len()).step_by(S::LANES) {
-            for i in 0..S::LANES {
-                let row = rows.start + lane + i;
-                let to = staged.add(i * depth);
-                if row < rows.end {
-                    widen::<S, T>(self.call.q_row(self.task, row), self.call.problem.head_dim, depth, factor, to);
-                } else {
-                    to.write_bytes(0, depth);
-                }
-            }
+            let (from, stride) = if self.in_place::<S, T>(lane, &rows, self.call.problem.head_dim) {
+                let from = self.call.q_row::<f32>(self.task, rows.start + lane);
+                (from, self.call.problem.q.row as isize)
+            } else {
+                (self.stage_queries::<S, T>(lane, &rows), depth as isize)
+            };
             let packed = self.at(self.queries::<S>(panel) + lane);
             for column in (0..depth).step_by(S::LANES) {
-                S::transpose(staged.add(column), depth, packed.add(column * S::PANEL), S::PANEL);
+                let to = packed.add(column * S::PANEL);
+                S::transpose(from.add(column), stride, factor, to, S::PANEL as isize);
+            }
+        }
+    }
+
+    /// Converts a vector's worth of rows of q; rows behind the last are zeros.
+    #[inline(always)]
+    unsafe fn stage_queries<S: Simd, T: Element>(&self, lane: usize, rows: &Range<usize>) -> *const f32 {
+        let (staged, depth) = (self.at(self.scratch.rows), self.scratch.query_depth);
+        for i in 0..S::LANES {
+            let (row, to) = (rows.start + lane + i, staged.add(i * depth));
+            if row < rows.end {
+                let from = self.call.q_row::<T>(self.task, row);
+                widen::<S, T>(from, self.call.problem.head_dim, depth, to);
+            } else {
+                to.write_bytes(0, depth);
+            }
+        }
+        staged
+    }
+
+    /// Asks for a panel's rows of q where rows of one head lie apart.
+    #[inline(always)]
+    unsafe fn prefetch_queries<S: Simd, T: Element>(&self, panel: usize) {
+        let width = self.call.problem.head_dim;
+        if self.call.problem.q.row != width as i64 {
+            for row in self.panel_rows::<S>(panel) {
+                prefetch::<S>(self.call.q_row::<T>(self.task, row).cast(), width * size_of::<T>());
             }
         }
     }
@@ -208,7 +236,7 @@ impl Work<'_, '_> {
         let to = self.at(self.scratch.keys);
         for key in 0..keys.len() {
             rows.prefetch_behind::<S>(key);
-            widen::<S, T>(rows.row(key), head_dim, depth, S::splat(1.0), to.add(key * depth));
+            widen::<S, T>(rows.row(key), head_dim, depth, to.add(key * depth));
         }
         to.add(keys.len() * depth).write_bytes(0, (padded - keys.len()) * depth);
         (to, depth)
@@ -235,7 +263,7 @@ impl Work<'_, '_> {
                 } else if in_place {
                     return source.row(key + i).cast();
                 } else {
-                    widen::<S, T>(source.row(key + i), value_dim, columns, S::splat(1.0), to);
+                    widen::<S, T>(source.row(key + i), value_dim, columns, to);
                 }
                 to.cast_const()
             });
@@ -356,7 +384,7 @@ impl Work<'_, '_> {
             self.add_bias::<S>(rows, keys, tiles);
         }
         let seen = self.seen_by_all::<S>(rows, keys, tiles);
-        self.hide::<S>(rows, keys, [tiles.start..seen.start, seen.end..tiles.end]);
+        self.hide::<S>(rows, keys, &[tiles.start..seen.start, seen.end..tiles.end]);
         [tiles.start..inner.start, inner.end..tiles.end]
     }
 
@@ -398,7 +426,8 @@ impl Work<'_, '_> {
             for key in (0..tiles.len()).step_by(S::LANES) {
                 // At most sixteen by sixteen.
                 let mut columns = [0.0f32; 256];
-                S::transpose(staged.add(key), width, columns.as_mut_ptr(), S::LANES);
+                let one = S::splat(1.0);
+                S::transpose(staged.add(key), width as isize, one, columns.as_mut_ptr(), S::LANES as isize);
                 for i in 0..S::LANES.min(tiles.len() - key) {
                     let p = self.at(self.scratch.scores + (tiles.start + key + i) * S::PANEL + lane);
                     S::store(p, S::add(S::load(p), S::load(columns.as_ptr().add(i * S::LANES))));
@@ -409,7 +438,7 @@ impl Work<'_, '_> {
 
     /// Scores of keys that a row does not see become negative infinity.
     #[inline(always)]
-    unsafe fn hide<S: Simd>(&self, rows: &Range<usize>, keys: &Range<usize>, tiles: [Range<usize>; 2]) {
+    unsafe fn hide<S: Simd>(&self, rows: &Range<usize>, keys: &Range<usize>, tiles: &[Range<usize>; 2]) {
         if tiles.iter().all(Range::is_empty) {
             return;
         }
@@ -434,46 +463,68 @@ impl Work<'_, '_> {
     /// Normalises the panel and writes its rows to the output, or unnormalised to the partial results.
     #[inline(always)]
     unsafe fn finish<S: Simd, T: Element>(&self, panel: usize) {
-        let value_dim = self.scratch.value_dim;
-        let (max, sum) = (self.at(self.scratch.max + panel * S::PANEL), self.at(self.scratch.sum + panel * S::PANEL));
         let rows = self.panel_rows::<S>(panel);
-        let staged = self.at(self.scratch.rows);
+        let (max, sum) = (self.at(self.scratch.max + panel * S::PANEL), self.at(self.scratch.sum + panel * S::PANEL));
         self.prefetch_out::<S, T>(panel + 1);
+        if let Some(partial) = self.task.partial {
+            return self.finish_partial::<S>(panel, &rows, partial);
+        }
+        let factors = self.at(self.scratch.lanes);
+        for lane in 0..S::PANEL {
+            factors.add(lane).write(normalizer(sum.add(lane).read()));
+        }
         for lane in (0..rows.len()).step_by(S::LANES) {
-            let out = self.at(self.out::<S>(panel) + lane);
-            for column in (0..value_dim).step_by(S::LANES) {
-                S::transpose(out.add(column * S::PANEL), S::PANEL, staged.add(column), value_dim);
+            let (out, factor) = (self.at(self.out::<S>(panel) + lane), S::load(factors.add(lane)));
+            if self.in_place::<S, T>(lane, &rows, self.call.problem.value_dim) {
+                let to = self.call.out_row::<f32>(self.task, rows.start + lane);
+                self.transpose_out::<S>(out, factor, to, self.call.outputs.out_strides.row as isize);
+            } else {
+                let (staged, stride) = (self.at(self.scratch.rows), self.scratch.value_dim);
+                self.transpose_out::<S>(out, factor, staged, stride as isize);
+                for i in 0..S::LANES.min(rows.len() - lane) {
+                    let to = self.call.out_row::<T>(self.task, rows.start + lane + i);
+                    narrow::<S, T>(staged.add(i * stride), self.call.problem.value_dim, to);
+                }
             }
-            for i in 0..S::LANES.min(rows.len() - lane) {
-                let row = rows.start + lane + i;
-                let (max, sum) = (max.add(lane + i).read(), sum.add(lane + i).read());
-                self.write_row::<S, T>(row, staged.add(i * value_dim), max, sum);
-            }
+        }
+        for (lane, row) in rows.enumerate() {
+            self.call.write_lse(self.task, row, max.add(lane).read(), sum.add(lane).read());
         }
     }
 
-    /// Asks for the output rows of a panel: rows of one head lie apart.
+    /// `[value_dim][PANEL]` times `factor` becomes rows.
+    #[inline(always)]
+    unsafe fn transpose_out<S: Simd>(&self, out: *const f32, factor: S::Vector, to: *mut f32, stride: isize) {
+        for column in (0..self.scratch.value_dim).step_by(S::LANES) {
+            S::transpose(out.add(column * S::PANEL), S::PANEL as isize, factor, to.add(column), stride);
+        }
+    }
+
+    /// Output, maximum and sum of each row for [`crate::merge`].
+    #[inline(always)]
+    unsafe fn finish_partial<S: Simd>(&self, panel: usize, rows: &Range<usize>, partial: *mut f32) {
+        let value_dim = self.call.problem.value_dim;
+        let (staged, stride) = (self.at(self.scratch.rows), self.scratch.value_dim);
+        for (lane, row) in rows.clone().enumerate() {
+            if lane % S::LANES == 0 {
+                let out = self.at(self.out::<S>(panel) + lane);
+                self.transpose_out::<S>(out, S::splat(1.0), staged, stride as isize);
+            }
+            let to = partial.add((row - self.task.rows.start) * (value_dim + 2));
+            to.copy_from_nonoverlapping(staged.add(lane % S::LANES * stride), value_dim);
+            to.add(value_dim).write(self.at(self.scratch.max + panel * S::PANEL + lane).read());
+            to.add(value_dim + 1).write(self.at(self.scratch.sum + panel * S::PANEL + lane).read());
+        }
+    }
+
+    /// Asks for a panel's output rows where rows of one head lie apart.
     #[inline(always)]
     unsafe fn prefetch_out<S: Simd, T: Element>(&self, panel: usize) {
-        if self.task.partial.is_none() {
+        let width = self.call.problem.value_dim;
+        if self.task.partial.is_none() && self.call.outputs.out_strides.row != width as i64 {
             for row in self.panel_rows::<S>(panel) {
-                let out = self.call.out_row::<T>(self.task, row);
-                prefetch::<S>(out.cast(), self.call.problem.value_dim * size_of::<T>());
+                prefetch::<S>(self.call.out_row::<T>(self.task, row).cast(), width * size_of::<T>());
             }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn write_row<S: Simd, T: Element>(&self, row: usize, from: *const f32, max: f32, sum: f32) {
-        let value_dim = self.call.problem.value_dim;
-        if let Some(partial) = self.task.partial {
-            let to = partial.add((row - self.task.rows.start) * (value_dim + 2));
-            to.copy_from_nonoverlapping(from, value_dim);
-            to.add(value_dim).write(max);
-            to.add(value_dim + 1).write(sum);
-        } else {
-            narrow::<S, T>(from, value_dim, normalizer(sum), self.call.out_row(self.task, row));
-            self.call.write_lse(self.task, row, max, sum);
         }
     }
 }

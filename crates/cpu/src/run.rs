@@ -143,7 +143,7 @@ impl Run<'_> {
 
     /// Takes tasks until there are none.
     fn tasks(&self, ticker: &mut Ticker<'_>) {
-        let (tile, rows) = (self.call.tile, self.call.problem.lengths.max_query_len() * self.call.problem.group());
+        let (tile, rows) = (self.call.tile, self.call.problem.lengths.max_query_len() * self.call.group);
         let rows = tile.task_rows.min(rows.max(1));
         let done = match tile.path {
             CpuPath::Panels => {

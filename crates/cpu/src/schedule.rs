@@ -30,7 +30,7 @@ impl<'a> Schedule<'a> {
         let mut shares = Vec::with_capacity(call.problem.lengths.batch());
         for index in 0..call.problem.lengths.batch() {
             let sequence = call.sequence(index);
-            let rows = sequence.query_len * call.problem.group();
+            let rows = sequence.query_len * call.group;
             let row_blocks = rows.div_ceil(call.tile.task_rows);
             let splits = sequence.key_len.div_ceil(call.tile.split_keys).max(1);
             if row_blocks > 0 {
@@ -99,7 +99,7 @@ impl<'a> Schedule<'a> {
     }
 
     fn rows(&self, sequence: &Sequence) -> usize {
-        sequence.query_len * self.call.problem.group()
+        sequence.query_len * self.call.group
     }
 
     fn partial(&self, share: &Share, key_head: usize, split: usize, row: usize) -> *mut f32 {

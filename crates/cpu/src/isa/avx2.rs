@@ -12,22 +12,36 @@ pub(crate) struct Avx2;
 macro_rules! rank_one_update {
     ($b_offset:literal, $a0:expr, $a1:expr, $a2:expr, $a3:expr) => {
         concat!(
-            "vmovaps ymm12, [{b} + ", $b_offset, "]\n",
-            "vmovaps ymm13, [{b} + ", $b_offset, " + 32]\n",
-            "vmovaps ymm14, [{b} + ", $b_offset, " + 64]\n",
-            "vbroadcastss ymm15, dword ptr [", $a0, "]\n",
+            "vmovaps ymm12, [{b} + ",
+            $b_offset,
+            "]\n",
+            "vmovaps ymm13, [{b} + ",
+            $b_offset,
+            " + 32]\n",
+            "vmovaps ymm14, [{b} + ",
+            $b_offset,
+            " + 64]\n",
+            "vbroadcastss ymm15, dword ptr [",
+            $a0,
+            "]\n",
             "vfmadd231ps ymm0, ymm15, ymm12\n",
             "vfmadd231ps ymm1, ymm15, ymm13\n",
             "vfmadd231ps ymm2, ymm15, ymm14\n",
-            "vbroadcastss ymm15, dword ptr [", $a1, "]\n",
+            "vbroadcastss ymm15, dword ptr [",
+            $a1,
+            "]\n",
             "vfmadd231ps ymm3, ymm15, ymm12\n",
             "vfmadd231ps ymm4, ymm15, ymm13\n",
             "vfmadd231ps ymm5, ymm15, ymm14\n",
-            "vbroadcastss ymm15, dword ptr [", $a2, "]\n",
+            "vbroadcastss ymm15, dword ptr [",
+            $a2,
+            "]\n",
             "vfmadd231ps ymm6, ymm15, ymm12\n",
             "vfmadd231ps ymm7, ymm15, ymm13\n",
             "vfmadd231ps ymm8, ymm15, ymm14\n",
-            "vbroadcastss ymm15, dword ptr [", $a3, "]\n",
+            "vbroadcastss ymm15, dword ptr [",
+            $a3,
+            "]\n",
             "vfmadd231ps ymm9, ymm15, ymm12\n",
             "vfmadd231ps ymm10, ymm15, ymm13\n",
             "vfmadd231ps ymm11, ymm15, ymm14\n",
@@ -222,21 +236,25 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn transpose(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
+    unsafe fn transpose(from: *const f32, from_stride: isize, factor: __m256, to: *mut f32, to_stride: isize) {
         // Halves of rows r and r + 4 share a register, so that the 4 x 4 transposes inside lanes finish the job.
-        let pair = |row: usize, column: usize| {
-            let low = _mm_loadu_ps(from.add(row * from_stride + column));
-            let high = _mm_loadu_ps(from.add((row + 4) * from_stride + column));
-            _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(low), high)
-        };
+        let row = |row: isize| from.offset(row * from_stride);
         for column in [0, 4] {
-            let (r0, r1, r2, r3) = (pair(0, column), pair(1, column), pair(2, column), pair(3, column));
+            let factor = if column == 0 { _mm256_castps256_ps128(factor) } else { _mm256_extractf128_ps::<1>(factor) };
+            let factor = _mm256_set_m128(factor, factor);
+            let pair = |r: isize| {
+                let low = _mm256_castps128_ps256(_mm_loadu_ps(row(r).add(column)));
+                let both = _mm256_insertf128_ps::<1>(low, _mm_loadu_ps(row(r + 4).add(column)));
+                _mm256_mul_ps(both, factor)
+            };
+            let (r0, r1, r2, r3) = (pair(0), pair(1), pair(2), pair(3));
             let (a, b) = (_mm256_unpacklo_ps(r0, r1), _mm256_unpackhi_ps(r0, r1));
             let (c, d) = (_mm256_unpacklo_ps(r2, r3), _mm256_unpackhi_ps(r2, r3));
-            Self::store(to.add(column * to_stride), _mm256_shuffle_ps::<0x44>(a, c));
-            Self::store(to.add((column + 1) * to_stride), _mm256_shuffle_ps::<0xee>(a, c));
-            Self::store(to.add((column + 2) * to_stride), _mm256_shuffle_ps::<0x44>(b, d));
-            Self::store(to.add((column + 3) * to_stride), _mm256_shuffle_ps::<0xee>(b, d));
+            let to = |i: isize| to.offset((column as isize + i) * to_stride);
+            Self::store(to(0), _mm256_shuffle_ps::<0x44>(a, c));
+            Self::store(to(1), _mm256_shuffle_ps::<0xee>(a, c));
+            Self::store(to(2), _mm256_shuffle_ps::<0x44>(b, d));
+            Self::store(to(3), _mm256_shuffle_ps::<0xee>(b, d));
         }
     }
 

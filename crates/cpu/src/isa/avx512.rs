@@ -127,19 +127,27 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn transpose(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
+    unsafe fn transpose(from: *const f32, from_stride: isize, factor: __m512, to: *mut f32, to_stride: isize) {
         // Quarters of rows r, r + 4, r + 8 and r + 12 share a register, so that the transposes inside lanes finish.
-        let quarters = |row: usize, column: usize| {
-            let part = |block: usize| _mm_loadu_ps(from.add((row + 4 * block) * from_stride + column));
-            let x = _mm512_castps128_ps512(part(0));
-            let x = _mm512_insertf32x4::<1>(x, part(1));
-            let x = _mm512_insertf32x4::<2>(x, part(2));
-            _mm512_insertf32x4::<3>(x, part(3))
-        };
-        for column in [0, 4, 8, 12] {
-            let rows = [quarters(0, column), quarters(1, column), quarters(2, column), quarters(3, column)];
+        let row = |row: isize| from.offset(row * from_stride);
+        let factors = [
+            _mm512_shuffle_f32x4::<0x00>(factor, factor),
+            _mm512_shuffle_f32x4::<0x55>(factor, factor),
+            _mm512_shuffle_f32x4::<0xaa>(factor, factor),
+            _mm512_shuffle_f32x4::<0xff>(factor, factor),
+        ];
+        for (quarter, factor) in factors.into_iter().enumerate() {
+            let column = 4 * quarter;
+            let quarters = |r: isize| {
+                let part = |block: isize| _mm_loadu_ps(row(r + 4 * block).add(column));
+                let x = _mm512_castps128_ps512(part(0));
+                let x = _mm512_insertf32x4::<1>(x, part(1));
+                let x = _mm512_insertf32x4::<2>(x, part(2));
+                _mm512_mul_ps(factor, _mm512_insertf32x4::<3>(x, part(3)))
+            };
+            let rows = [quarters(0), quarters(1), quarters(2), quarters(3)];
             for (i, x) in transpose_lanes(rows).into_iter().enumerate() {
-                Self::store(to.add((column + i) * to_stride), x);
+                Self::store(to.offset((column + i) as isize * to_stride), x);
             }
         }
     }

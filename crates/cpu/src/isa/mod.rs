@@ -1,5 +1,7 @@
 //! Instruction sets: one [`Simd`] implementation each, and the choice at run time.
 
+#![allow(clippy::wildcard_imports, reason = "intrinsics carry their origin in their names")]
+
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -47,9 +49,7 @@ impl Isa {
             Self::Portable => true,
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => {
-                is_x86_feature_detected!("avx2")
-                    && is_x86_feature_detected!("fma")
-                    && is_x86_feature_detected!("f16c")
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
             }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => {
@@ -146,8 +146,8 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn sum(x: Self::Vector) -> f32;
     /// The largest lane.
     unsafe fn largest(x: Self::Vector) -> f32;
-    /// `LANES` rows of `LANES` values become columns. Strides in elements.
-    unsafe fn transpose(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize);
+    /// `LANES` rows of `LANES` values, each times `factor`, become columns. Strides in elements.
+    unsafe fn transpose(from: *const f32, from_stride: isize, factor: Self::Vector, to: *mut f32, to_stride: isize);
 
     /// Asks for a cache line that will be read soon; any address will do.
     unsafe fn prefetch(p: *const u8);

@@ -244,13 +244,13 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    unsafe fn transpose(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
-        let row = |row: usize| vld1q_f32(from.add(row * from_stride));
+    unsafe fn transpose(from: *const f32, from_stride: isize, factor: float32x4_t, to: *mut f32, to_stride: isize) {
+        let row = |row: isize| vmulq_f32(factor, vld1q_f32(from.offset(row * from_stride)));
         // Rows 0 and 2, then 1 and 3, are interleaved; interleaving the results once more finishes.
         let (even, odd) = (vzipq_f32(row(0), row(2)), vzipq_f32(row(1), row(3)));
         let (low, high) = (vzipq_f32(even.0, odd.0), vzipq_f32(even.1, odd.1));
         for (column, x) in [low.0, low.1, high.0, high.1].into_iter().enumerate() {
-            vst1q_f32(to.add(column * to_stride), x);
+            vst1q_f32(to.offset(column as isize * to_stride), x);
         }
     }
 

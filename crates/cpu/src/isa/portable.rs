@@ -103,9 +103,11 @@ impl Simd for Portable {
 
     #[inline(always)]
     unsafe fn keep_between(x: Self::Vector, key: Self::Vector, low: Self::Vector, high: Self::Vector) -> Self::Vector {
-        std::array::from_fn(|lane| {
-            if low[lane] <= key[lane] && key[lane] < high[lane] { x[lane] } else { f32::NEG_INFINITY }
-        })
+        std::array::from_fn(
+            |lane| {
+                if low[lane] <= key[lane] && key[lane] < high[lane] { x[lane] } else { f32::NEG_INFINITY }
+            },
+        )
     }
 
     #[inline(always)]
@@ -119,10 +121,11 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    unsafe fn transpose(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
+    unsafe fn transpose(from: *const f32, from_stride: isize, factor: Self::Vector, to: *mut f32, to_stride: isize) {
         for row in 0..LANES {
-            for column in 0..LANES {
-                to.add(column * to_stride + row).write(from.add(row * from_stride + column).read());
+            for (column, factor) in factor.into_iter().enumerate() {
+                let x = from.offset(row as isize * from_stride).add(column).read() * factor;
+                to.offset(column as isize * to_stride).add(row).write(x);
             }
         }
     }

@@ -399,11 +399,13 @@ unsafe fn transposes<S: Simd>() {
     for (from_stride, to_stride) in [(S::LANES, S::LANES), (S::LANES + 3, 24), (40, S::LANES + 1)] {
         let from = black_box((0..S::LANES * from_stride).map(|i| i as f32).collect::<Vec<_>>());
         let mut to = black_box(vec![UNTOUCHED; S::LANES * to_stride + 1]);
+        let factors = black_box((0..S::LANES).map(|i| i as f32 - 2.5).collect::<Vec<_>>());
         // One element in, so that rows lie on no vector boundary.
-        S::transpose(from.as_ptr(), from_stride, to.as_mut_ptr().add(1), to_stride);
+        let (target, factor) = (to.as_mut_ptr().add(1), S::load(factors.as_ptr()));
+        S::transpose(from.as_ptr(), from_stride as isize, factor, target, to_stride as isize);
         for (i, &x) in to.iter().enumerate() {
             let expected = match i.checked_sub(1).map(|i| (i / to_stride, i % to_stride)) {
-                Some((column, row)) if row < S::LANES => from[row * from_stride + column],
+                Some((column, row)) if row < S::LANES => factors[column] * from[row * from_stride + column],
                 _ => UNTOUCHED,
             };
             assert_eq!(x, expected, "element {i}, strides {from_stride} and {to_stride}");

@@ -1,5 +1,7 @@
 //! Random problems with their data, run on the engine and on the float64 reference.
 #![allow(dead_code, reason = "each test binary uses its part")]
+#![allow(clippy::float_cmp, reason = "infinities must be equal")]
+#![allow(clippy::struct_excessive_bools, reason = "features are on or off")]
 
 use half::{bf16, f16};
 use mtlflashattn_core::reference::{ReferenceInputs, bounds::error_bounds, forward as reference};
@@ -36,7 +38,7 @@ impl Random {
 /// Memory order of a tensor.
 #[derive(Clone, Copy, Debug)]
 pub enum Order {
-    /// `[batch, row, head, dim]`, as flash_attn has it.
+    /// `[batch, row, head, dim]`, as `flash_attn` has it.
     RowMajor,
     /// `[batch, head, row, dim]`, as SDPA has it.
     HeadMajor,
