@@ -329,13 +329,16 @@ impl Work<'_, '_> {
             rescale.as_mut()[n] = math::exp2::<S>(S::sub(old.as_ref()[n], new.as_ref()[n]));
             total.as_mut()[n] = S::mul(rescale.as_ref()[n], S::load(sum.add(n * S::LANES)));
         }
-        for key in tiles.clone() {
-            for n in 0..vectors {
+        // One vector of rows after the other: their maxima, sums and the constants of exp2 fit in sixteen registers.
+        for n in 0..vectors {
+            let (max, mut sum) = (new.as_ref()[n], total.as_ref()[n]);
+            for key in tiles.clone() {
                 let p = scores.add(key * S::PANEL + n * S::LANES);
-                let probability = math::exp2::<S>(S::sub(S::load(p), new.as_ref()[n]));
-                total.as_mut()[n] = S::add(total.as_ref()[n], probability);
+                let probability = math::exp2::<S>(S::sub(S::load(p), max));
+                sum = S::add(sum, probability);
                 S::store(p, probability);
             }
+            total.as_mut()[n] = sum;
         }
         store_row::<S>(max, &new);
         store_row::<S>(sum, &total);
