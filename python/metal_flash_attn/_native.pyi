@@ -9,7 +9,6 @@ __all__ = [
     "Trace",
     "TraceEntry",
     "_panic",
-    "check_operator",
     "execute_operator",
     "fma_peak",
     "forward",
@@ -103,11 +102,8 @@ def forward(
     Returns out, or (out, lse) with `return_lse`.
     """
 
-def execute_operator(arguments: tuple[Any, ...], /) -> tuple[Tensor, Tensor]:
-    """The body of `torch.ops.mtlflashattn.forward`; takes its arguments as one tuple."""
-
-def check_operator(arguments: tuple[Any, ...], /) -> None:
-    """Checks the arguments of `torch.ops.mtlflashattn.forward` without reading tensor contents."""
+def execute_operator(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The body of `torch.ops.mtlflashattn.forward`."""
 
 def plan(
     q: Tensor,

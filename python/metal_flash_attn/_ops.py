@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _native
+from ._native import execute_operator
 
 # q, k and v apart, lengths and window as numbers; both the order and the names are those of
 # crates/python/src/operator.rs.
@@ -98,14 +98,11 @@ def traced(
     return result if return_lse else result[0]
 
 
-def _execute(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return _native.execute_operator(arguments)
-
-
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Shapes and strides of the results, as `allocate` in crates/python/src/execute.rs has them."""
-    if not any(isinstance(argument, torch.SymInt) for argument in arguments):
-        _native.check_operator(arguments)
+    """Shapes and strides of the results, as `allocate` in crates/python/src/execute.rs has them.
+
+    Checks nothing: torch.compile would wrap the error, where the real call says it in plain words.
+    """
     q, v = arguments[0], arguments[2]
     if q.shape[-1] > 1 and q.stride(-1) != 1:
         q = q.contiguous()
@@ -128,13 +125,28 @@ def _backward(ctx: Any, *gradients: Any) -> NoReturn:
     _refuse_gradient(ctx, None, None)
 
 
+def _vmap(
+    info: Any, in_dims: tuple[int | None, ...], *arguments: Any
+) -> tuple[Any, tuple[int, int]]:
+    """The rule of torch.vmap: one call for each slice."""
+    results = []
+    for index in range(info.batch_size):
+        slices = [
+            argument if dim is None else argument.select(dim, index)
+            for argument, dim in zip(arguments, in_dims, strict=True)
+        ]
+        results.append(_FORWARD(*slices))
+    return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0, 0)
+
+
 _NO_GRADIENT = (
     "{}: a tensor that requires grad is not supported; call under torch.no_grad(), or pass "
     "tensor.detach()"
 )
 
-_LIBRARY.impl("forward", _execute, "CompositeExplicitAutograd")
+_LIBRARY.impl("forward", execute_operator, "CompositeExplicitAutograd")
 torch.library.register_fake(_FORWARD._name, _fake, lib=_LIBRARY)
 torch.library.register_autograd(
     _FORWARD._name, _backward, setup_context=_refuse_gradient, lib=_LIBRARY
 )
+torch.library.register_vmap(_FORWARD._name, _vmap, lib=_LIBRARY)

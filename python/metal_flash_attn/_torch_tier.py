@@ -1,7 +1,7 @@
 """The torch tier: attention in chunks of query rows, in float32 torch operations, on any device.
 
-Scores of a chunk are held as `[B, Hk, G, rows, keys]` with G = H / Hk query heads to a key head, so
-that a group shares its keys and values without repeating them. Keys that no row sees stay untouched.
+Scores of a chunk are held as `[B, Hk, G, rows, keys]` with G = H / Hk query heads to a key head:
+a group shares its keys and values without repeating them. Keys that no row sees stay untouched.
 """
 
 import math

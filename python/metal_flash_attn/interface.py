@@ -1,8 +1,9 @@
 """The public functions: names, defaults and results of flash_attn 2.8.
 
-Shapes: B sequences of Lq queries and Lk keys; H query heads and Hk key heads, where Hk divides H and
-query head h reads key head `h // (H / Hk)`; head dimension D, of v and the output Dv (flash_attn has
-Dv = D). Packed ("varlen") tensors hold the sequences behind one another: Tq rows of q, Tk of k and v.
+Shapes: B sequences of Lq queries and Lk keys; H query heads and Hk key heads, where Hk divides H
+and query head h reads key head `h // (H / Hk)`; head dimension D, of v and the output Dv (equal in
+flash_attn). Packed ("varlen") tensors hold the sequences behind one another: Tq rows of q, Tk rows
+of k and v.
 
 What all functions share (Dao, "FlashAttention-2", 2023, and the documentation of flash_attn 2.8):
 
@@ -21,7 +22,7 @@ dropout, and for inputs that require grad while grad mode is on.
 """
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
@@ -33,8 +34,8 @@ from ._ops import traced
 Window: TypeAlias = Sequence[int] | Tensor
 """`(left, right)`: keys visible before and after the diagonal; negative for all."""
 
-Result: TypeAlias = Tensor | tuple[Tensor, Tensor, Tensor]
-"""out, or (out, lse, empty tensor) where `return_attn_probs`."""
+Result: TypeAlias = Any
+"""out, or a tuple where a flag asks for more: a union would make every caller narrow it."""
 
 
 def flash_attn_func(
@@ -292,7 +293,7 @@ def flash_attn_with_kvcache(
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Result:
     """Attention over a cache of keys and values: not supported.
 
     Raises:
@@ -323,7 +324,7 @@ def attention(
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Result:
     """Attention with everything that the engines can do beyond flash_attn.
 
     Args:
@@ -349,13 +350,12 @@ def attention(
     _check_bias_and_mask(bias, mask)
     attend = traced if is_dynamo_compiling() else forward
     # fmt: off
-    result: Tensor | tuple[Tensor, Tensor] = attend(
+    return attend(
         1, cu_seqlens_q is not None, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
         max_seqlen_k, 0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, bias, mask,
         sinks, bool(top_left), bool(return_lse),
     )
     # fmt: on
-    return result
 
 
 def plan(

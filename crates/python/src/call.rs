@@ -68,6 +68,11 @@ impl Slot {
     pub const ALL: [Self; 8] =
         [Self::Q, Self::K, Self::V, Self::CuSeqlensQ, Self::CuSeqlensK, Self::AlibiSlopes, Self::Bias, Self::Sinks];
 
+    /// Whether engines need neighbours along the last dimension side by side.
+    pub const fn has_rows(self) -> bool {
+        matches!(self, Self::Q | Self::K | Self::V)
+    }
+
     /// Name in the functions that pack nothing.
     pub const fn name(self) -> &'static str {
         match self {

@@ -63,8 +63,7 @@ pub fn unreadable(argument: &'static str) -> Error {
 fn make_readable(torch: &Torch, objects: &mut Tensors<Bound<'_, PyAny>>, views: &mut Tensors<View>) -> Result<()> {
     for slot in Slot::ALL {
         let (Some(object), Some(view)) = (objects.get(slot), views.get(slot)) else { continue };
-        let rows_matter = matches!(slot, Slot::Q | Slot::K | Slot::V);
-        let copy = if rows_matter && !view.has_contiguous_rows() {
+        let copy = if slot.has_rows() && !view.has_contiguous_rows() {
             object.call_method0(intern!(object.py(), "contiguous"))?
         } else if !view.is_aligned() {
             object.call_method0(intern!(object.py(), "clone"))?

@@ -121,7 +121,7 @@ fn check_static(form: Form, numbers: &Numbers, tensors: &Tensors<Bound<'_, PyAny
     for (slot, tensor) in tensors.present() {
         // What stands in for a tensor has no numbers as sizes.
         let Some(view) = View::describe(tensor).ok().flatten() else { return Ok(()) };
-        views.set(slot, view);
+        views.set(slot, if slot.has_rows() { view.with_contiguous_rows() } else { view });
         let other = tensor.getattr(intern!(py, "device"))?;
         if !other.eq(&device)? {
             return Err(Error::Problem(core::Error::Value {
@@ -134,9 +134,11 @@ fn check_static(form: Form, numbers: &Numbers, tensors: &Tensors<Bound<'_, PyAny
     describe(form, numbers, tensors, &views).map(|_| ())
 }
 
-/// The body of the operator, for every device; gradients are settled. Takes the operator's arguments as one tuple.
+/// The body of the operator, for every device; gradients are settled.
+///
+/// Torch calls it without a Python frame between, which torch.compile would try to trace after a graph break.
 #[pyfunction]
-#[pyo3(signature = (arguments, /))]
+#[pyo3(signature = (*arguments))]
 pub fn execute_operator<'py>(py: Python<'py>, arguments: &Bound<'py, PyTuple>) -> PyResult<Bound<'py, PyAny>> {
     guard(|| {
         let torch = Torch::get(py)?;
@@ -148,15 +150,5 @@ pub fn execute_operator<'py>(py: Python<'py>, arguments: &Bound<'py, PyTuple>) -
             views.set(slot, view.ok_or_else(|| unreadable(slot.name()))?);
         }
         execute(py, torch, form, &numbers, tensors, &mut views, true)
-    })
-}
-
-/// Checks the operator's arguments as far as metadata tells; tensors with symbolic sizes pass.
-#[pyfunction]
-#[pyo3(signature = (arguments, /))]
-pub fn check_operator(arguments: &Bound<'_, PyTuple>) -> PyResult<()> {
-    guard(|| {
-        let (form, numbers, tensors) = operator::from_python(arguments)?;
-        check_static(form, &numbers, &tensors)
     })
 }

@@ -25,7 +25,7 @@ mod _native {
     #[pymodule_export]
     use super::error::_panic;
     #[pymodule_export]
-    use super::forward::{check_operator, execute_operator, forward};
+    use super::forward::{execute_operator, forward};
     #[pymodule_export]
     use super::machine::{fma_peak, instruction_sets, read_bandwidth};
     #[pymodule_export]

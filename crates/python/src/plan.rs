@@ -69,7 +69,8 @@ pub fn plan<'py>(
         tensors.check_types(torch, form)?;
         let mut views = Tensors::none();
         for (slot, tensor) in tensors.present() {
-            views.set(slot, View::describe(tensor)?.ok_or_else(symbolic)?);
+            let view = View::describe(tensor)?.ok_or_else(symbolic)?;
+            views.set(slot, if slot.has_rows() { view.with_contiguous_rows() } else { view });
         }
         let problem = describe(form, &numbers, &tensors, &views)?.problem;
         let on_cpu = tensors.q().getattr(intern!(py, "is_cpu"))?.is_truthy()?;

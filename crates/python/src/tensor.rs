@@ -55,8 +55,7 @@ impl Element {
     }
 }
 
-/// A tensor at the time of the call. Sizes 0 and 1 have stride 0 (whatever torch says there is never used), except that
-/// a last dimension always has its own stride.
+/// A tensor at the time of the call. Sizes 0 and 1 have stride 0 (whatever torch says there is never used),
 #[derive(Clone, Copy, Debug)]
 pub struct View {
     /// First element; null when the memory is not CPU memory or was not asked for.
@@ -96,6 +95,18 @@ impl View {
     pub fn has_contiguous_rows(&self) -> bool {
         let last = self.rank.wrapping_sub(1);
         self.rank == 0 || self.shape[last] <= 1 || self.strides[last] == 1
+    }
+
+    /// The same, as `.contiguous()` would lay it out if rows are not contiguous.
+    pub fn with_contiguous_rows(mut self) -> Self {
+        if !self.has_contiguous_rows() {
+            let mut stride = 1;
+            for axis in (0..self.rank).rev() {
+                self.strides[axis] = if self.shape[axis] > 1 { stride } else { 0 };
+                stride = stride.saturating_mul(self.shape[axis].max(1));
+            }
+        }
+        self
     }
 
     /// Whether elements lie at multiples of their size, as typed loads require.

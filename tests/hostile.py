@@ -1,0 +1,188 @@
+"""Throws strange arguments at the public functions: a script for a child interpreter.
+
+Every call must be served, or refused with an exception that a caller may expect.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from metal_flash_attn import (
+    attention,
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    plan,
+)
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+
+class Subclass(torch.Tensor):
+    """A subclass without opinions."""
+
+
+def strided(shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    return torch.ones(4096).as_strided(shape, stride)
+
+
+def strange_tensors(plain: Tensor) -> list[Any]:
+    freed = plain.clone()
+    freed.untyped_storage().resize_(0)
+    unaligned = torch.frombuffer(bytearray(2000), dtype=torch.float32, offset=1, count=320)
+    return [
+        plain,
+        *(plain[:, :0], plain[:0], plain[..., :0], plain[:, :, :0]),
+        *(
+            plain.transpose(1, 3),
+            plain.flip(1),
+            plain[0],
+            plain[0, 0],
+            plain.view(1, 2, 5, 2, 2, 8),
+        ),
+        strided((1, 1, 1, 8), (2**62, 2**61, 2**60, 1)),
+        strided((1, 5, 4, 8), (2**62, 32, 8, 1)),
+        strided((2, 5, 4, 8), (0, 0, 0, 0)),
+        strided((2, 5, 4, 8), (1, 1, 1, 1)),
+        strided((2, 0, 4, 8), (2**62, 2**62, 2**62, 2**62)),
+        torch.ones(1, device="meta").expand(2**20, 2**20, 2**10, 8),
+        torch.ones(1).expand(1, 2**40, 1, 8)[:, :0],
+        plain.to("meta"),
+        FakeTensorMode().from_tensor(plain),
+        plain.as_subclass(Subclass),
+        torch.nn.Parameter(plain),
+        torch.nn.Parameter(plain, requires_grad=False),
+        freed,
+        unaligned.view(2, 5, 4, 8),
+        torch._efficientzerotensor((2, 5, 4, 8)),
+        torch._neg_view(plain),
+        *(plain.half(), plain.bfloat16(), plain.double(), plain.int(), plain.bool()),
+        *(plain.to(torch.complex64), plain.to(torch.float8_e4m3fn), plain.to_sparse()),
+        torch.quantize_per_tensor(plain, 0.1, 0, torch.qint8),
+        *(plain * float("nan"), plain * float("inf"), plain * 1e38, plain * 1e-44),
+        *(torch.ones(()), torch.ones(0), torch.ones(2, 5, 3, 4, 8), torch.ones(2, 5, 2, 4, 8)),
+        *(None, 1, "q", [plain], object(), torch.float32, torch.ones, Subclass),
+    ]
+
+
+def strange_offsets() -> list[Any]:
+    values: list[list[int]] = [[0, 10], [0, 5], [1, 4], [5, 5], [0, 4, 5], [0, 2, 2, 5]]
+    values += [
+        [],
+        [0],
+        [10, 0],
+        [0, 2**31 - 1, 5],
+        [-(2**31), 5],
+        [0, 4, 4, 11],
+        [9, 3, 7],
+        [-1, -1],
+    ]
+    offsets: list[Any] = [torch.tensor(value, dtype=torch.int32) for value in values]
+    offsets += [torch.tensor([0, 5]), torch.ones(2), torch.ones(2, 2, dtype=torch.int32)]
+    offsets += [torch.ones(1, dtype=torch.int32).expand(3), offsets[4].to("meta"), None, [0, 5]]
+    return offsets
+
+
+def strange_extras() -> list[Any]:
+    """What could be slopes, biases, masks or sinks."""
+    extras: list[Any] = [torch.ones(shape) for shape in [(4,), (2, 4), (), (5, 5), (2, 4, 5, 5)]]
+    extras += [
+        torch.ones(5, 5, dtype=torch.bool),
+        torch.ones(4).half(),
+        torch.ones(4, device="meta"),
+    ]
+    return [*extras, torch.ones(2**20).expand(4, 2**20), torch.ones(8)[::2], 3, "x"]
+
+
+NUMBERS = [0, 1, -1, 2**31, 2**63 - 1, -(2**63), 2**64, 0.5, float("nan"), None, "1"]
+WINDOWS = [(0, 0), (2**63 - 1, 2**63 - 1), (-(2**63), 2**62), [3, 1], (), None, 7, "ab"]
+
+
+class Attempts:
+    """Makes calls and counts what became of them."""
+
+    def __init__(self) -> None:
+        self.outcomes: Counter[str] = Counter()
+
+    def __call__(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        try:
+            call(*arguments, **options)
+        except (TypeError, ValueError, NotImplementedError):
+            self.outcomes["refused"] += 1
+        except AssertionError as error:
+            # Torch's own answer to plain tensors among fake ones.
+            if "FakeTensor" not in str(error):
+                raise
+            self.outcomes["refused"] += 1
+        else:
+            self.outcomes["served"] += 1
+
+
+def survive(seed: int) -> None:
+    """Makes thousands of calls, the random ones after `seed`, and says so at the end."""
+    warnings.simplefilter("ignore")
+    torch.manual_seed(seed)
+    chance = random.Random(seed)  # noqa: S311
+    attempt = Attempts()
+    plain = torch.randn(2, 5, 4, 8)
+    tensors = strange_tensors(plain)
+    for tensor in tensors:
+        attempt(flash_attn_func, tensor, tensor, tensor)
+        attempt(flash_attn_func, plain, tensor, tensor)
+        attempt(flash_attn_func, tensor, plain, plain)
+        attempt(flash_attn_func, plain, plain, tensor, causal=True)
+        attempt(flash_attn_qkvpacked_func, tensor)
+        attempt(flash_attn_kvpacked_func, plain, tensor)
+        attempt(plan, tensor, tensor, tensor)
+    for _ in range(1000):
+        attempt(flash_attn_func, *_mixed(chance, tensors), **_options(chance))
+        extras = [_sometimes(chance, strange_extras()) for _ in range(3)]
+        names = ("bias", "mask", "sinks")
+        attempt(attention, *_mixed(chance, tensors), **dict(zip(names, extras, strict=True)))
+        q, k, v = (_first_sequence(tensor) for tensor in _mixed(chance, tensors))
+        lengths: list[Any] = [*chance.choices(strange_offsets()[:6], k=2), 10, 10]
+        lengths[chance.randrange(4)] = chance.choice([*strange_offsets(), *NUMBERS])
+        attempt(flash_attn_varlen_func, q, k, v, *lengths, **_options(chance))
+    assert min(attempt.outcomes.values()) > 300, attempt.outcomes
+    print("survived", dict(attempt.outcomes))
+
+
+def _mixed(chance: random.Random, tensors: Sequence[Any]) -> list[Any]:
+    """q, k and v that fit together more often than not."""
+    first = chance.choice(tensors)
+    return [first, *(first if chance.random() < 0.8 else chance.choice(tensors) for _ in "kv")]
+
+
+def _options(chance: random.Random) -> dict[str, Any]:
+    """Mostly one strange option at a time: of many, only the first would matter."""
+    options: dict[str, Any] = {"causal": chance.choice([True, False])}
+    strange: dict[str, Sequence[Any]] = {
+        "causal": [None, 2, "x"],
+        "window_size": WINDOWS,
+        "softcap": NUMBERS,
+        "softmax_scale": NUMBERS,
+        "alibi_slopes": strange_extras(),
+        "dropout_p": NUMBERS,
+        "return_attn_probs": [True, 1, None],
+    }
+    for name, values in strange.items():
+        if chance.random() < 0.07:
+            options[name] = chance.choice(values)
+    return options
+
+
+def _sometimes(chance: random.Random, values: Sequence[Any]) -> Any:
+    return chance.choice(values) if chance.random() < 0.2 else None
+
+
+def _first_sequence(tensor: Any) -> Any:
+    try:
+        return tensor[0] if tensor.dim() == 4 else tensor
+    except Exception:
+        return tensor

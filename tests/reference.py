@@ -1,0 +1,181 @@
+"""Attention in float64 from its definition, and how far a right float32 answer may lie from it.
+
+For a query i and a key j of one head, with the diagonal at `i + Lk - Lq` (or at i: top left):
+
+    x = scale * (q_i . k_j)
+    s = softcap * tanh(x / softcap) - slope * |j - diagonal| + bias
+    lse = log(exp(sink) + sum over visible j of exp(s))
+    out = sum over visible j of exp(s - lse) * v_j
+
+Rows with neither a visible key nor a sink give 0, and an lse of +inf.
+
+The bounds hold for every implementation that reads the given (already rounded) inputs, computes in
+float32 in any order, and rounds once to the output's type. They are worst-case bounds after Higham,
+"Accuracy and Stability of Numerical Algorithms", 2nd edition, section 3.1: a sum or product of n
+roundings has a relative error of at most gamma(n) = n u / (1 - n u), with u = 2**-24. Elementary
+functions (exp, tanh, log) may be off by 2**-21. What that means for the score of each key, with its
+length D, moves the weights of n keys, whose sums add gamma(n); the output's type adds its own unit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLOAT32 = 2.0**-24
+ELEMENTARY = 2.0**-21
+UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+TINY = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
+
+
+@dataclass
+class Rules:
+    """Everything of a problem that is not q, k, v; the defaults are those of flash_attn."""
+
+    causal: bool = False
+    window: tuple[int, int] = (-1, -1)
+    scale: float | None = None
+    softcap: float = 0.0
+    alibi_slopes: Tensor | None = None
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    sinks: Tensor | None = None
+    top_left: bool = False
+
+
+@dataclass
+class Reference:
+    """The exact results and the largest errors that they may have."""
+
+    out: Tensor
+    lse: Tensor
+    out_bound: Tensor
+    lse_bound: Tensor
+
+    def check(self, out: Tensor, lse: Tensor | None = None) -> None:
+        """Asserts that results are as exact as float32 arithmetic allows."""
+        assert_within("out", out, self.out, self.out_bound)
+        if lse is not None:
+            assert lse.dtype == torch.float32
+            assert_within("lse", lse, self.lse, self.lse_bound)
+
+
+def assert_within(name: str, got: Tensor, exact: Tensor, bound: Tensor) -> None:
+    """Asserts that `got` is within `bound` of `exact` everywhere, and infinite where that is."""
+    assert got.shape == exact.shape, f"{name} has shape {tuple(got.shape)}, not {exact.shape}"
+    if exact.numel() == 0:
+        return
+    got = got.double()
+    error = torch.where(got == exact, 0.0, (got - exact).abs())
+    worst = (error / bound.clamp_min(1e-300)).nan_to_num(nan=torch.inf).max().item()
+    assert worst <= 1.0, f"{name} is off by {worst:.3g} times its bound"
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Reference:
+    """Dense attention: q `[B, Lq, H, D]`, k `[B, Lk, Hk, D]`, v `[B, Lk, Hk, Dv]`."""
+    dtype = q.dtype
+    heads, group = q.shape[2], q.shape[2] // k.shape[2]
+    q, k, v = (t.double().transpose(1, 2) for t in (q, k, v))
+    k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+    scores, score_error = _scores(q, k, rules)
+    sinks = torch.full((heads,), -torch.inf).double() if rules.sinks is None else rules.sinks
+    sinks = sinks.double().view(1, heads, 1, 1)
+    largest = torch.maximum(_largest(scores), sinks).clamp_min(-1e300)
+    weights = torch.exp(scores - largest)
+    total = weights.sum(-1, keepdim=True) + torch.exp(sinks - largest)
+    empty = total == 0
+    probabilities = torch.where(empty, 0.0, weights / total)
+    out = probabilities @ v
+    lse = torch.where(empty, torch.inf, largest + torch.log(total))
+
+    keys = scores.shape[-1]
+    summing = _gamma(2 * keys + 12)
+    # Subtracting the maximum and rescaling to later maxima: at most one rescaling for 16 keys.
+    rescaling = ELEMENTARY * (3 + keys / 16)
+    below = torch.where(scores == -torch.inf, 0.0, largest - scores)
+    weight_error = torch.expm1(score_error + 2 * FLOAT32 * below + rescaling)
+    sink_error = torch.expm1(2 * FLOAT32 * (largest - sinks).clamp_max(1e6) + rescaling)
+    sink_weight = torch.where(empty, 0.0, torch.exp(sinks - largest) / total)
+    mean_error = (probabilities * weight_error).sum(-1, keepdim=True) + sink_weight * sink_error
+    size = probabilities @ v.abs()
+    out_error = (probabilities * weight_error) @ v.abs() + mean_error * out.abs()
+    # Weights below the smallest normal float32 may become 0.
+    out_error = out_error / (1 - mean_error) + summing * (size + out.abs()) + keys * 2.0**-120
+    out_bound = 1.02 * out_error + UNIT[dtype] * (out.abs() + out_error) + TINY[dtype]
+    lse_bound = 1.02 * (mean_error / (1 - mean_error) + summing + ELEMENTARY)
+    lse_bound = lse_bound + 4 * FLOAT32 * (largest.abs() + torch.where(empty, 0.0, lse).abs() + 1)
+    return Reference(
+        out.transpose(1, 2),
+        lse.squeeze(-1),
+        out_bound.transpose(1, 2),
+        torch.where(empty, 0.0, lse_bound).squeeze(-1),
+    )
+
+
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: list[int], cu_k: list[int], rules: Rules
+) -> Reference:
+    """Ragged attention: q `[Tq, H, D]`, k `[Tk, Hk, D]`, v `[Tk, Hk, Dv]`; see `attention`."""
+    shape = (*q.shape[:2], v.shape[-1])
+    out, out_bound = torch.zeros(2, *shape, dtype=torch.float64)
+    lse, lse_bound = torch.zeros(2, q.shape[1], q.shape[0], dtype=torch.float64)
+    lse[:] = torch.inf
+    slopes = rules.alibi_slopes
+    for index in range(len(cu_q) - 1):
+        rows, keys = slice(cu_q[index], cu_q[index + 1]), slice(cu_k[index], cu_k[index + 1])
+        own = slopes[index] if slopes is not None and slopes.dim() == 2 else slopes
+        part = attention(
+            q[None, rows],
+            k[None, keys],
+            v[None, keys],
+            Rules(**{**vars(rules), "alibi_slopes": own}),
+        )
+        out[rows], out_bound[rows] = part.out[0], part.out_bound[0]
+        lse[:, rows], lse_bound[:, rows] = part.lse[0], part.lse_bound[0]
+    return Reference(out, lse, out_bound, lse_bound)
+
+
+def _scores(q: Tensor, k: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
+    """Scores `[B, H, Lq, Lk]`, -inf where hidden, and how far off float32 may be."""
+    batch, heads, query_len, head_dim = q.shape
+    key_len = k.shape[2]
+    scale = head_dim**-0.5 if rules.scale is None else rules.scale
+    scores = scale * (q @ k.transpose(-1, -2))
+    error = _gamma(head_dim + 6) * abs(scale) * (q.abs() @ k.abs().transpose(-1, -2))
+    if rules.softcap > 0:
+        scores = rules.softcap * torch.tanh(scores / rules.softcap)
+        error = error + ELEMENTARY * rules.softcap + 4 * FLOAT32 * scores.abs()
+    shift = 0 if rules.top_left else key_len - query_len
+    distance = torch.arange(key_len) - torch.arange(query_len)[:, None] - shift
+    if rules.alibi_slopes is not None:
+        slopes = rules.alibi_slopes.double().reshape(-1, heads, 1, 1)
+        added = slopes * distance.abs()
+        scores = scores - added
+        error = error + 4 * FLOAT32 * added.abs() + FLOAT32 * scores.abs()
+    if rules.bias is not None:
+        bias = rules.bias.double().expand(batch, heads, query_len, key_len)
+        scores = scores + bias
+        finite = torch.where(bias == -torch.inf, 0.0, bias.abs())
+        error = error + 3 * FLOAT32 * (finite + scores.abs().clamp_max(1e30))
+    left, right = rules.window
+    right = 0 if rules.causal else right
+    hidden = torch.zeros(query_len, key_len, dtype=torch.bool)
+    if left >= 0:
+        hidden |= distance < -left
+    if right >= 0:
+        hidden |= distance > right
+    if rules.mask is not None:
+        hidden = hidden | ~rules.mask.expand(batch, heads, query_len, key_len)
+    return scores.masked_fill(hidden, -torch.inf), error.masked_fill(scores == -torch.inf, 0.0)
+
+
+def _largest(scores: Tensor) -> Tensor:
+    if scores.shape[-1] == 0:
+        return scores.new_full((*scores.shape[:-1], 1), -torch.inf)
+    return scores.amax(-1, keepdim=True)
+
+
+def _gamma(roundings: float) -> float:
+    return roundings * FLOAT32 / (1 - roundings * FLOAT32)

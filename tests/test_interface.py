@@ -1,0 +1,525 @@
+"""The public functions against the float64 reference, on random problems, by the tiers they have.
+
+Tolerances are the bounds of `reference`, derived from dtype, head dimension and the number of keys.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import metal_flash_attn
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from metal_flash_attn import (
+    attention,
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    plan,
+    trace,
+)
+from reference import Rules, packed_attention
+from reference import attention as exact_attention
+from torch import Tensor
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+TIERS = ["cpu", "torch"]
+
+tiers = pytest.mark.parametrize("tier", TIERS)
+
+
+@contextlib.contextmanager
+def served_by(tier: str, chunk: int = 2048) -> Iterator[None]:
+    """Forces a tier, and requires that it served."""
+    os.environ["MTLFLASHATTN_KERNEL"] = tier
+    os.environ["MTLFLASHATTN_TORCH_CHUNK"] = str(chunk)
+    try:
+        with trace() as calls:
+            yield
+        assert {entry.tier for entry in calls.calls} == {tier}
+    finally:
+        del os.environ["MTLFLASHATTN_KERNEL"], os.environ["MTLFLASHATTN_TORCH_CHUNK"]
+
+
+def strided(draw: st.DrawFn, tensor: Tensor) -> Tensor:
+    """The same values behind other strides."""
+    kind = draw(st.sampled_from(["contiguous", "heads first", "padded", "every other", "column"]))
+    match kind:
+        case "heads first":
+            return tensor.transpose(-3, -2).contiguous().transpose(-3, -2)
+        case "padded":
+            return torch.nn.functional.pad(tensor, (1, 2))[..., 1:-2]
+        case "every other":
+            return tensor.repeat_interleave(2, dim=-3)[..., ::2, :, :]
+        case "column":
+            return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+        case _:
+            return tensor
+
+
+@st.composite
+def all_rules(draw: st.DrawFn, batch: int, heads: int) -> Rules:
+    """Rules that flash_attn can express."""
+    bound = st.one_of(st.just(-1), st.integers(-3, 40))
+    slopes = draw(st.sampled_from([None, (heads,), (batch, heads)]))
+    return Rules(
+        causal=draw(st.booleans()),
+        window=(draw(bound), draw(bound)),
+        scale=draw(st.sampled_from([None, 0.3, 1.0, -0.2, 0.0])),
+        softcap=draw(st.sampled_from([0.0, 0.0, 1.5, 20.0])),
+        alibi_slopes=None if slopes is None else torch.rand(slopes),
+    )
+
+
+def keywords(rules: Rules) -> dict[str, Any]:
+    return {
+        "softmax_scale": rules.scale,
+        "causal": rules.causal,
+        "window_size": rules.window,
+        "softcap": rules.softcap,
+        "alibi_slopes": rules.alibi_slopes,
+    }
+
+
+@st.composite
+def heads_and_dims(draw: st.DrawFn) -> tuple[int, int, int]:
+    """Heads of k, query heads for each of them, head dimension."""
+    dim = draw(st.one_of(st.sampled_from([1, 8, 40, 64, 80, 128, 256, 300]), st.integers(1, 70)))
+    return draw(st.integers(1, 3)), draw(st.integers(1, 4)), dim
+
+
+@tiers
+@given(data=st.data())
+def test_dense_functions_are_exact(tier: str, data: st.DataObject) -> None:
+    draw: Any = data.draw
+    batch, query_len, key_len = draw(st.tuples(st.integers(1, 3), *[st.integers(1, 150)] * 2))
+    key_heads, group, dim = draw(heads_and_dims())
+    dtype = draw(st.sampled_from(DTYPES))
+    q = strided(draw, torch.randn(batch, query_len, key_heads * group, dim).to(dtype))
+    k, v = (strided(draw, torch.randn(batch, key_len, key_heads, dim).to(dtype)) for _ in range(2))
+    rules = draw(all_rules(batch, q.shape[2]))
+    exact = exact_attention(q, k, v, rules)
+    with served_by(tier, draw(st.integers(1, 200))):
+        out, lse, empty = flash_attn_func(q, k, v, return_attn_probs=True, **keywords(rules))
+        exact.check(out, lse)
+        like = q if q.stride(-1) == 1 or dim == 1 else q.contiguous()
+        assert out.stride() == torch.empty_like(like).stride()
+        assert (empty.numel(), out.dtype) == (0, dtype)
+        kv = torch.stack([k, v], dim=2)
+        packed = flash_attn_kvpacked_func(q, kv, return_attn_probs=True, **keywords(rules))
+        assert_same((out, lse), packed)
+        assert_same((out,), (flash_attn_func(q, k, v, **keywords(rules)),))
+
+
+@tiers
+@given(data=st.data())
+def test_qkvpacked_is_exact(tier: str, data: st.DataObject) -> None:
+    draw: Any = data.draw
+    batch, length, heads = draw(
+        st.tuples(st.integers(1, 3), st.integers(1, 150), st.integers(1, 4))
+    )
+    _, _, dim = draw(heads_and_dims())
+    qkv = torch.randn(batch, length, 3, heads, dim).to(draw(st.sampled_from(DTYPES)))
+    qkv = draw(st.sampled_from([qkv, qkv.transpose(0, 1).contiguous().transpose(0, 1)]))
+    rules = draw(all_rules(batch, heads))
+    q, k, v = qkv.unbind(2)
+    exact = exact_attention(q, k, v, rules)
+    with served_by(tier):
+        out, lse, _ = flash_attn_qkvpacked_func(qkv, return_attn_probs=True, **keywords(rules))
+        exact.check(out, lse)
+        assert out.stride() == torch.empty_like(qkv[:, :, 0]).stride()
+
+
+@st.composite
+def offsets(draw: st.DrawFn, batch: int) -> tuple[list[int], int, int]:
+    """Offsets of ragged, sometimes empty sequences; rows in all; the longest length."""
+    lengths = draw(st.lists(st.integers(0, 70), min_size=batch, max_size=batch))
+    start = draw(st.integers(0, 3))
+    ends = [start + sum(lengths[: i + 1]) for i in range(batch)]
+    total = ends[-1] + draw(st.integers(0, 5)) if ends else start + draw(st.integers(0, 5))
+    return [start, *ends], total, max(lengths, default=0) + draw(st.integers(0, 9))
+
+
+@tiers
+@given(data=st.data())
+def test_varlen_functions_are_exact(tier: str, data: st.DataObject) -> None:
+    draw: Any = data.draw
+    batch = draw(st.integers(0, 4))
+    cu_q, total_q, max_q = draw(offsets(batch))
+    cu_k, total_k, max_k = draw(offsets(batch))
+    key_heads, group, dim = draw(heads_and_dims())
+    dtype = draw(st.sampled_from(DTYPES))
+    q = strided(draw, torch.randn(total_q, key_heads * group, dim).to(dtype))
+    k, v = (strided(draw, torch.randn(total_k, key_heads, dim).to(dtype)) for _ in range(2))
+    rules = draw(all_rules(batch, q.shape[1]))
+    exact = packed_attention(q, k, v, cu_q, cu_k, rules)
+    lengths = (*(torch.tensor(cu, dtype=torch.int32) for cu in (cu_q, cu_k)), max_q, max_k)
+    options = {"return_attn_probs": True, **keywords(rules)}
+    with served_by(tier, draw(st.integers(1, 90))):
+        out, lse, empty = flash_attn_varlen_func(q, k, v, *lengths, **options)
+        exact.check(out, lse)
+        assert (empty.numel(), out.dtype) == (0, dtype)
+        kv = torch.stack([k, v], dim=1)
+        assert_same((out, lse), flash_attn_varlen_kvpacked_func(q, kv, *lengths, **options))
+
+
+@tiers
+@given(data=st.data())
+def test_varlen_qkvpacked_is_exact(tier: str, data: st.DataObject) -> None:
+    draw: Any = data.draw
+    cu, total, longest = draw(offsets(3))
+    heads, _, dim = draw(heads_and_dims())
+    qkv = torch.randn(total, 3, heads, dim).to(draw(st.sampled_from(DTYPES)))
+    rules = draw(all_rules(3, heads))
+    q, k, v = qkv.unbind(1)
+    exact = packed_attention(q, k, v, cu, cu, rules)
+    with served_by(tier):
+        out, lse, _ = flash_attn_varlen_qkvpacked_func(
+            qkv,
+            torch.tensor(cu, dtype=torch.int32),
+            longest,
+            return_attn_probs=True,
+            **keywords(rules),
+        )
+        exact.check(out, lse)
+
+
+@tiers
+@given(data=st.data())
+def test_attention_is_exact(tier: str, data: st.DataObject) -> None:
+    draw: Any = data.draw
+    batch, query_len, key_len = draw(st.tuples(st.integers(1, 3), *[st.integers(0, 90)] * 2))
+    key_heads, group, dim = draw(heads_and_dims())
+    value_dim = draw(st.one_of(st.just(dim), st.integers(1, 70)))
+    dtype, heads = draw(st.sampled_from(DTYPES)), key_heads * group
+    q = strided(draw, torch.randn(batch, query_len, heads, dim).to(dtype))
+    k = strided(draw, torch.randn(batch, key_len, key_heads, dim).to(dtype))
+    v = strided(draw, torch.randn(batch, key_len, key_heads, value_dim).to(dtype))
+    rules = draw(all_rules(batch, heads))
+    rules.top_left = draw(st.booleans())
+    sizes = (batch, heads, query_len, key_len)
+    shape = [draw(st.sampled_from([1, size])) for size in sizes][draw(st.integers(0, 3)) :]
+    kind = draw(st.sampled_from(["none", "bias", "mask"]))
+    if kind == "bias":
+        rules.bias = torch.randn(shape).to(draw(st.sampled_from(DTYPES)))
+        rules.bias = rules.bias.masked_fill(torch.rand(shape) < 0.2, -torch.inf)
+    elif kind == "mask":
+        rules.mask = torch.rand(shape) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+    rules.sinks = draw(
+        st.sampled_from([None, torch.randn(heads), torch.full((heads,), -torch.inf)])
+    )
+    exact = exact_attention(q, k, v, rules)
+    with served_by(tier, draw(st.integers(1, 200))):
+        out, lse = attention(
+            q,
+            k,
+            v,
+            bias=rules.bias,
+            mask=rules.mask,
+            sinks=rules.sinks,
+            top_left=rules.top_left,
+            return_lse=True,
+            **keywords(rules),
+        )
+        exact.check(out, lse)
+
+
+def assert_same(expected: tuple[Tensor, ...], got: Any) -> None:
+    for one, other in zip(expected, got, strict=False):
+        assert torch.equal(one, other)
+
+
+@given(
+    st.sampled_from([(1, 1, 8, 1, 64), (2, 300, 2, 2, 64), (1, 1, 1, 8, 128), (1, 700, 1, 4, 40)]),
+    st.sampled_from(DTYPES),
+    st.booleans(),
+)
+def test_results_depend_neither_on_threads_nor_on_luck(
+    sizes: tuple[int, int, int, int, int], dtype: torch.dtype, causal: bool
+) -> None:
+    batch, query_len, key_heads, group, dim = sizes
+    q = torch.randn(batch, query_len, key_heads * group, dim).to(dtype)
+    k, v = torch.randn(2, batch, 5000, key_heads, dim).to(dtype)
+    results = []
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        results.append(flash_attn_func(q, k, v, causal=causal, return_attn_probs=True))
+    for result in results[1:]:
+        assert_same(results[0], result)
+
+
+@tiers
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_without_keys_are_zero_with_infinite_lse(tier: str, dtype: torch.dtype) -> None:
+    q, k = torch.randn(1, 5, 2, 8).to(dtype), torch.randn(1, 3, 2, 8).to(dtype)
+    with served_by(tier):
+        out, lse, _ = flash_attn_func(q, k, k, causal=True, return_attn_probs=True)
+        none, none_lse, _ = flash_attn_func(q, k[:, :0], k[:, :0], return_attn_probs=True)
+    assert out[:, :2].eq(0).all()
+    assert lse[..., :2].eq(torch.inf).all()
+    assert lse[..., 2:].isfinite().all()
+    assert none.eq(0).all()
+    assert none_lse.eq(torch.inf).all()
+
+
+@tiers
+@pytest.mark.parametrize(
+    ("batch", "query_len", "key_len"), [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0), (1, 0, 0)]
+)
+def test_zero_sizes(tier: str, batch: int, query_len: int, key_len: int) -> None:
+    q = torch.randn(batch, query_len, 2, 8)
+    k = torch.randn(batch, key_len, 1, 8)
+    with served_by(tier):
+        out, lse, _ = flash_attn_func(q, k, k, causal=True, return_attn_probs=True)
+    assert (out.shape, lse.shape) == (q.shape, (batch, 2, query_len))
+    assert out.eq(0).all()
+
+
+@tiers
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_poison_stays_in_the_rows_that_see_it(tier: str, poison: float) -> None:
+    q, k, v = torch.randn(3, 1, 40, 2, 16)
+    k[0, 30, 0] = poison
+    with served_by(tier):
+        out = flash_attn_func(q, k, v, causal=True)
+    assert out[0, :30].isfinite().all()
+    assert out[0, :, 1].isfinite().all()
+    if math.isnan(poison):
+        assert out[0, 30:, 0].isnan().all()
+
+
+def test_output_keeps_the_layout_of_q() -> None:
+    q = torch.randn(2, 3, 7, 16).transpose(1, 2)
+    out = flash_attn_func(q, q, q)
+    assert out.stride() == q.stride()
+    wide = torch.randn(2, 7, 3, 24)
+    out = flash_attn_func(q, q, wide)
+    assert out.is_contiguous()
+
+
+def test_overlapping_and_broadcast_inputs_are_read_in_place() -> None:
+    row = torch.randn(1, 1, 1, 32)
+    q, k, v = row.expand(2, 9, 4, 32), row.expand(2, 11, 1, 32), row.expand(2, 11, 1, 32)
+    exact = exact_attention(q, k, v, Rules())
+    exact.check(*checked(flash_attn_func(q, k, v, return_attn_probs=True)))
+    sliding = torch.randn(200).as_strided((1, 20, 2, 32), (0, 4, 1, 1))
+    exact = exact_attention(sliding, sliding, sliding, Rules())
+    exact.check(*checked(flash_attn_func(sliding, sliding, sliding, return_attn_probs=True)))
+
+
+def test_unaligned_memory_is_copied() -> None:
+    memory = bytearray(torch.randn(2 * 5 * 2 * 8).numpy().tobytes())
+    aligned = torch.frombuffer(memory, dtype=torch.float32).view(2, 5, 2, 8)
+    moved = bytearray(b"\0" + memory)
+    unaligned = torch.frombuffer(moved, dtype=torch.float32, offset=1).view(2, 5, 2, 8)
+    assert unaligned.data_ptr() % 4 != 0
+    expected = flash_attn_func(aligned, aligned, aligned, return_attn_probs=True)
+    again = flash_attn_func(unaligned, unaligned, unaligned, return_attn_probs=True)
+    assert_same(checked(expected), again)
+
+
+@pytest.mark.parametrize("dim", [1, 4])
+def test_lazily_negated_tensors_are_read_with_their_sign(dim: int) -> None:
+    values = torch.randn(3, 1, 6, 2, dim, dtype=torch.complex64).conj().imag
+    assert values.is_neg()
+    q, k, v = values
+    expected = flash_attn_func(*(t.resolve_neg() for t in (q, k, v)))
+    assert_same((expected,), (flash_attn_func(q, k, v),))
+
+
+def checked(result: Any) -> tuple[Tensor, Tensor]:
+    out, lse, _ = result
+    return out, lse
+
+
+class Index:
+    """A whole number of a foreign type, as numpy's are."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __index__(self) -> int:
+        return self.value
+
+
+@pytest.mark.parametrize(
+    "window",
+    [[5, 2], torch.tensor([5, 2]), (Index(5), Index(2)), range(5, 1, -3), torch.Size([5, 2])],
+    ids=str,
+)
+def test_windows_of_every_kind(window: Any) -> None:
+    q = torch.randn(1, 20, 2, 8)
+    expected = flash_attn_func(q, q, q, window_size=(5, 2))
+    assert_same((expected,), (flash_attn_func(q, q, q, window_size=window),))
+
+
+def test_numbers_of_every_kind() -> None:
+    q = torch.randn(1, 20, 2, 8)
+    expected = flash_attn_func(q, q, q, 0.0, 0.5, True, (-7, 3), 2.0)
+    kinds: list[tuple[Any, Any, Any]] = [
+        (torch.tensor(0.5), torch.tensor(True), torch.tensor(2)),
+        (0.5, 1, 2),
+        (torch.tensor([0.5]), True, torch.tensor([2.0], dtype=torch.float16)),
+    ]
+    for scale, causal, softcap in kinds:
+        got = flash_attn_func(q, q, q, 0, scale, causal, (-1, -99), softcap, deterministic=True)
+        assert_same((expected,), (got,))
+
+
+SIGNATURES = {
+    "flash_attn_func": "(q, k, v, *)",
+    "flash_attn_kvpacked_func": "(q, kv, *)",
+    "flash_attn_qkvpacked_func": "(qkv, *)",
+    "flash_attn_varlen_func": "(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, "
+    "max_seqlen_k, *, block_table=None)",
+    "flash_attn_varlen_kvpacked_func": "(q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, "
+    "max_seqlen_k, *)",
+    "flash_attn_varlen_qkvpacked_func": "(qkv, cu_seqlens, max_seqlen, *)",
+    "flash_attn_with_kvcache": "(q, k_cache, v_cache, k=None, v=None, rotary_cos=None, "
+    "rotary_sin=None, cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None, "
+    "block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, "
+    "rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False)",
+}
+TAIL = (
+    "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, "
+    "alibi_slopes=None, deterministic=False, return_attn_probs=False"
+)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_are_those_of_flash_attn(name: str) -> None:
+    signature = inspect.signature(getattr(metal_flash_attn, name))
+    bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    plain = signature.replace(parameters=bare, return_annotation=signature.empty)
+    assert str(plain) == SIGNATURES[name].replace("*", TAIL)
+
+
+def test_plan_names_tier_and_reasons() -> None:
+    q = torch.randn(1, 20, 2, 8)
+    chosen = plan(q, q, q, causal=True)
+    assert chosen.tier == "cpu"
+    assert chosen.isa in metal_flash_attn._native.instruction_sets()
+    reasons = dict(chosen.reasons)
+    assert reasons["torch"] == "a faster tier serves this call"
+    assert reasons["simdgroup"] == "needs tensors on an MPS device"
+    assert repr(chosen).startswith(f"Plan(tier='cpu', isa='{chosen.isa}', reasons=[('")
+    assert chosen == plan(q, q, q)
+    elsewhere = plan(*[q.to("meta")] * 3)
+    assert (elsewhere.tier, elsewhere.isa) == ("torch", None)
+    with pytest.raises(ValueError, match=r"k has shape \(1, 20, 3, 8\)"):
+        plan(q, q.new_empty(1, 20, 3, 8), q)
+
+
+def test_forced_tier_that_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(1, 20, 2, 8)
+    monkeypatch.setenv("MTLFLASHATTN_KERNEL", "v1")
+    with pytest.raises(NotImplementedError, match=r"MTLFLASHATTN_KERNEL.*needs tensors on an MPS"):
+        flash_attn_func(q, q, q)
+
+
+def test_every_instruction_set_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = torch.randn(3, 2, 70, 2, 40)
+    exact = exact_attention(q, k, v, Rules(causal=True))
+    available = metal_flash_attn._native.instruction_sets()
+    for isa in ["portable", "avx2", "avx512", "neon"]:
+        monkeypatch.setenv("MTLFLASHATTN_CPU_ISA", isa)
+        if isa in available:
+            assert plan(q, k, v).isa == isa
+            exact.check(*checked(flash_attn_func(q, k, v, causal=True, return_attn_probs=True)))
+        else:
+            with pytest.raises(NotImplementedError, match=f"{isa} is not supported; this machine"):
+                flash_attn_func(q, k, v)
+
+
+def test_a_bad_setting_warns_once_for_each_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(1, 20, 2, 8)
+    monkeypatch.setenv("MTLFLASHATTN_KERNEL", "fast")
+    with pytest.warns(RuntimeWarning, match='MTLFLASHATTN_KERNEL is "fast"; allowed: auto') as seen:
+        flash_attn_func(q, q, q)
+    assert len(seen) == 1
+    # Warnings are errors here: the second call gives none.
+    flash_attn_func(q, q, q)
+    monkeypatch.setenv("MTLFLASHATTN_TORCH_CHUNK", "0")
+    with pytest.warns(RuntimeWarning) as seen:
+        flash_attn_func(q, q, q)
+    assert len(seen) == 2
+    monkeypatch.delenv("MTLFLASHATTN_KERNEL")
+    monkeypatch.delenv("MTLFLASHATTN_TORCH_CHUNK")
+    flash_attn_func(q, q, q)
+
+
+def test_trace_counts_by_shape_and_tier() -> None:
+    q = torch.randn(2, 20, 2, 8)
+    flash_attn_func(q, q, q)
+    with trace() as outer:
+        with trace() as inner:
+            flash_attn_func(q, q, q)
+        flash_attn_func(q, q, q)
+        flash_attn_func(q.half(), q.half(), q.half(), causal=True)
+    flash_attn_func(q, q, q)
+    most, least = outer.calls
+    assert (most.calls, most.dtype, most.head_dim, most.value_dim) == (2, "float32", 8, 8)
+    assert (most.query_len, most.key_len, most.causal, most.tier) == (20, 20, False, "cpu")
+    assert (least.calls, least.dtype, least.causal) == (1, "float16", True)
+    assert repr(least).startswith("TraceEntry(calls=1, dtype='float16', head_dim=8,")
+    assert [entry.calls for entry in inner.calls] == [1]
+    assert outer.summary().startswith("[MTLFLASHATTN_TRACE] 3 attention call(s), 2 distinct")
+    with trace() as nothing:
+        pass
+    assert (nothing.calls, nothing.summary()) == ([], "")
+
+
+CALL = """
+import torch, metal_flash_attn
+q = torch.arange(2 * 6 * 2 * 8).view(2, 6, 2, 8).sin()
+out, lse, _ = metal_flash_attn.flash_attn_func(q, q, q, causal=True, return_attn_probs=True)
+qkv = torch.stack([q] * 3, 2)
+assert torch.equal(metal_flash_attn.flash_attn_qkvpacked_func(qkv, causal=True), out)
+print(out.double().sum().item(), lse.double().sum().item())
+"""
+
+
+def test_trace_variable_prints_at_exit(child: Any) -> None:
+    process = child(CALL, MTLFLASHATTN_TRACE="1")
+    assert process.stderr.startswith("[MTLFLASHATTN_TRACE] 2 attention call(s), 1 distinct")
+    assert child(CALL).stderr == ""
+
+
+def test_same_results_without_the_exchange_api(child: Any) -> None:
+    before = "import torch; del torch.Tensor.__dlpack_c_exchange_api__\n"
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        pytest.skip("this torch has no exchange API to do without")
+    assert child(before + CALL).stdout == child(CALL).stdout
+
+
+def test_works_without_numpy(child: Any) -> None:
+    before = "import sys, warnings; sys.modules['numpy'] = None; warnings.simplefilter('ignore')\n"
+    after = "assert sys.modules['numpy'] is None"
+    assert child(before + CALL + after).stdout == child(CALL).stdout
+
+
+def test_reference_is_not_lenient() -> None:
+    q, k, v = torch.randn(3, 1, 50, 2, 16)
+    out, lse = checked(flash_attn_func(q, k, v, return_attn_probs=True))
+    exact = exact_attention(q, k, v, Rules())
+    exact.check(out, lse)
+    one_key_less = exact_attention(q, k[:, 1:], v[:, 1:], Rules())
+    for wrong in [
+        (out + 1e-4, lse),
+        (out, lse + 1e-4),
+        (out * torch.nan, lse),
+        (one_key_less.out.float(), lse),
+        (out, one_key_less.lse.float()),
+    ]:
+        with pytest.raises(AssertionError):
+            exact.check(*wrong)
