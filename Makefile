@@ -1,7 +1,7 @@
 # Every target works on a bare machine with Python >= 3.10, Rust and make.
-PYTHON := .venv/bin/python
+VENV_PYTHON := .venv/bin/python
 # PyO3's build script and the extension's tests look for this interpreter.
-export PYO3_PYTHON := $(CURDIR)/$(PYTHON)
+export PYO3_PYTHON := $(CURDIR)/$(VENV_PYTHON)
 # A suite that may run anywhere must not reach for a hub.
 export HF_HUB_OFFLINE := 1
 
@@ -27,7 +27,7 @@ build: .venv/built ## Build the extension module into .venv
 	@touch $@
 
 demo: build ## Run a real sentence encoder and a 32,768-token attention
-	$(PYTHON) demo/run.py
+	$(VENV_PYTHON) demo/run.py
 
 test: test-rust test-python ## Run all Rust and Python tests
 
@@ -35,7 +35,7 @@ test-rust: setup
 	cargo test --workspace --exclude mtlflashattn-python --quiet
 
 test-python: build
-	$(PYTHON) -m pytest -q
+	$(VENV_PYTHON) -m pytest -q
 
 test-neon: ## Run the Rust tests as aarch64 code (under qemu on other machines)
 	scripts/test-neon
@@ -46,7 +46,7 @@ lint: build ## Check formatting, clippy, ruff, types and the stub
 	.venv/bin/ruff check $(PYTHON_FOLDERS)
 	.venv/bin/ruff format --check $(PYTHON_FOLDERS)
 	.venv/bin/mypy
-	$(PYTHON) -m mypy.stubtest metal_flash_attn._native
+	$(VENV_PYTHON) -m mypy.stubtest metal_flash_attn._native
 
 format: setup ## Format Rust and Python
 	cargo fmt --all
@@ -54,7 +54,7 @@ format: setup ## Format Rust and Python
 	.venv/bin/ruff format $(PYTHON_FOLDERS)
 
 bench: build ## Measure against torch's scaled_dot_product_attention, interleaved
-	$(PYTHON) -m bench
+	$(VENV_PYTHON) -m bench
 
 clean: ## Remove everything that was built
 	rm -rf target .venv

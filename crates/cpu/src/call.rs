@@ -159,11 +159,11 @@ impl<'a> Call<'a> {
         Some(self.inputs.alibi_slopes.offset(index as isize).read())
     }
 
-    /// Sink of row `row` in units of log2.
+    /// Sink of row `row` in units of log2; a sink of negative infinity is none.
     pub(crate) unsafe fn sink(&self, task: &Task, row: usize) -> Option<f32> {
         let stride = self.problem.sinks?;
         let sink = self.inputs.sinks.offset((self.head(task, row) as i64 * stride) as isize).read();
-        Some(sink * std::f32::consts::LOG2_E)
+        (sink != f32::NEG_INFINITY).then_some(sink * std::f32::consts::LOG2_E)
     }
 }
 

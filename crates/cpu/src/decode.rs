@@ -14,7 +14,7 @@ use crate::workspace::Carver;
 use crate::{math, score};
 
 /// Bytes of K and V of one block: half of a 32 KiB first-level cache.
-const BLOCK_BYTES: usize = 64 * 1024;
+const BLOCK_BYTES: usize = 16 * 1024;
 
 /// Offsets of the pieces of a thread's scratch block, in float32 values.
 #[derive(Clone, Copy)]
@@ -261,7 +261,7 @@ impl Work<'_, '_> {
             row += match self.rows() - row {
                 4.. => accumulate::<S, V, 4, 2>(probabilities, stride, v, keys, out, width),
                 2.. => accumulate::<S, V, 2, 4>(probabilities, stride, v, keys, out, width),
-                _ => accumulate::<S, V, 1, 4>(probabilities, stride, v, keys, out, width),
+                _ => accumulate_one::<S, V, 8>(probabilities, v, keys, out, width),
             };
         }
     }
@@ -381,5 +381,52 @@ unsafe fn accumulate_keys<S: Simd, V: Element, const R: usize, const N: usize>(
             }
             S::store(to, sum);
         }
+    }
+}
+
+/// [`accumulate`] for a single row, `N` vectors of columns at a time: with one probability a key, the sums fit in
+/// registers and nothing but `v` is read.
+#[inline(always)]
+unsafe fn accumulate_one<S: Simd, V: Element, const N: usize>(
+    probabilities: *const f32,
+    v: Rows<V>,
+    keys: usize,
+    out: *mut f32,
+    width: usize,
+) -> usize {
+    let mut column = 0;
+    while column + N * S::LANES <= width {
+        accumulate_columns::<S, V, N>(probabilities, v, column, keys, out.add(column));
+        column += N * S::LANES;
+    }
+    while column < width {
+        accumulate_columns::<S, V, 1>(probabilities, v, column, keys, out.add(column));
+        column += S::LANES;
+    }
+    1
+}
+
+/// [`accumulate_one`] for the `N` vectors of columns from `column` on.
+#[inline(always)]
+unsafe fn accumulate_columns<S: Simd, V: Element, const N: usize>(
+    probabilities: *const f32,
+    v: Rows<V>,
+    column: usize,
+    keys: usize,
+    out: *mut f32,
+) {
+    let mut acc: [S::Vector; N] = std::array::from_fn(|n| S::load(out.add(n * S::LANES)));
+    for key in 0..keys {
+        if column == 0 {
+            v.prefetch_behind::<S>(key);
+        }
+        let from = v.row(key).add(column);
+        let p = S::splat(probabilities.add(key).read());
+        for (n, acc) in acc.iter_mut().enumerate() {
+            *acc = S::fma(p, V::load::<S>(from.add(n * S::LANES)), *acc);
+        }
+    }
+    for (n, &acc) in acc.iter().enumerate() {
+        S::store(out.add(n * S::LANES), acc);
     }
 }

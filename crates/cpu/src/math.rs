@@ -23,7 +23,7 @@ pub(crate) unsafe fn exp2<S: Simd>(x: S::Vector) -> S::Vector {
     S::mul(power, S::shift_to_exponent(rounded))
 }
 
-/// `tanh(x)` within 3 units in the last place: a rational minimax approximation (coefficients: Eigen's `ptanh_float`).
+/// `tanh(x)` within 7 units in the last place: a rational minimax approximation (coefficients: Eigen's `ptanh_float`).
 #[inline(always)]
 pub(crate) unsafe fn tanh<S: Simd>(x: S::Vector) -> S::Vector {
     // Beyond this the float32 result is 1.

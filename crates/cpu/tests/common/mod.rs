@@ -221,7 +221,9 @@ impl Run {
         let slope_rows = if case.alibi == 2 { batch } else { 1 };
         let slopes: Vec<f32> = (0..slope_rows * query_heads).map(|_| random.uniform().abs() as f32).collect();
         let full_slopes = (0..batch * query_heads).map(|i| f64::from(slopes[i % (slope_rows * query_heads)])).collect();
-        let sinks: Vec<f32> = (0..query_heads).map(|_| 3.0 * random.uniform() as f32).collect();
+        let sinks: Vec<f32> = (0..query_heads)
+            .map(|_| if random.chance(0.2) { f32::NEG_INFINITY } else { 3.0 * random.uniform() as f32 })
+            .collect();
         let (query_len, key_len) = case.lengths[0];
         let full = [batch, query_heads, query_len, key_len];
         let (bias, full_bias, bias_shape, bias_strides, kind) = bias(case, full, &mut random);
