@@ -6,13 +6,13 @@ Each library gets the memory order it is used with: ours `[batch, seqlen, heads,
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
+from metal_flash_attn import flash_attn_func, flash_attn_varlen_func
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
-
-from metal_flash_attn import flash_attn_func, flash_attn_varlen_func
 
 SHORT_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -76,14 +76,14 @@ def decode(
     """One query against a long cache; `interleaved`: ours reads a cache in flash_attn's order."""
     q = torch.randn(1, heads[0], 1, 128).to(dtype)
     k, v = (torch.randn(1, heads[1], key_len, 128).to(dtype) for _ in range(2))
-    ours = [tensor.transpose(1, 2) for tensor in (q, k, v)]
+    own_q, own_k, own_v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     if interleaved:
-        ours = [tensor.contiguous() for tensor in ours]
+        own_q, own_k, own_v = own_q.contiguous(), own_k.contiguous(), own_v.contiguous()
     gqa = heads[0] != heads[1]
     return Case(
         f"{SHORT_NAMES[dtype]} decode {heads[0]}/{heads[1]} {key_len // 1024}k"
         + (" [B,S,H,D] cache" if interleaved else ""),
-        lambda: flash_attn_func(*ours),
+        lambda: flash_attn_func(own_q, own_k, own_v),
         lambda: sdpa(q, k, v, enable_gqa=gqa),
         2.0 * k.numel() * k.element_size(),
         "GB/s",
@@ -114,7 +114,7 @@ def varlen() -> Case:
     q, k, v = (torch.randn(int(offsets[-1]), 8, 64) for _ in range(3))
     longest = int(lengths.max())
     padded = [torch.zeros(len(lengths), longest, 8, 64) for _ in range(3)]
-    for index, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for index, (start, end) in enumerate(pairwise(offsets.tolist())):
         for tensor, ragged in zip(padded, (q, k, v), strict=True):
             tensor[index, : end - start] = ragged[start:end]
     tq, tk, tv = transposed(*padded)

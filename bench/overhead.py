@@ -3,9 +3,8 @@
 import time
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention as sdpa
-
 from metal_flash_attn import flash_attn_func
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from .report import Section
 from .timing import interleave

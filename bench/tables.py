@@ -4,11 +4,10 @@ import statistics
 import time
 from collections.abc import Iterator
 
-import torch
-from rich.progress import track
-
 import metal_flash_attn
+import torch
 from metal_flash_attn._native import fma_peak, read_bandwidth
+from rich.progress import track
 
 from . import cases
 from .report import Section

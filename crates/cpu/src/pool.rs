@@ -163,7 +163,9 @@ mod tests {
                     entered.send(()).expect("the caller listens");
                     panic!("as planned");
                 };
-                run(1, &helper, || drop(inside.recv_timeout(Duration::from_secs(1))));
+                run(1, &helper, || {
+                    let _ = inside.recv_timeout(Duration::from_secs(1));
+                });
             }));
             result.is_err_and(|panic| panic.downcast_ref() == Some(&"as planned"))
         });
