@@ -475,7 +475,6 @@ def test_gradients_may_be_left_out_on_purpose() -> None:
     assert torch.equal(out, same)
 
 
-@pytest.mark.filterwarnings("ignore:.*:FutureWarning")
 def test_tangents_are_not_dropped() -> None:
     call = lambda q: flash_attn_func(q, K, K)  # noqa: E731
     with pytest.raises(NotImplementedError, match="requires grad"):

@@ -174,7 +174,6 @@ def test_export(strict: bool) -> None:
     assert torch.equal(program.module()(longer), Module()(longer))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:Warning")
 def test_tracers_see_the_operator() -> None:
     q, _, _ = tensors()
     other = torch.randn_like(q)

@@ -117,8 +117,11 @@ def test_dense_functions_are_exact(tier: str, data: st.DataObject) -> None:
         assert (empty.numel(), out.dtype) == (0, dtype)
         kv = torch.stack([k, v], dim=2)
         packed = flash_attn_kvpacked_func(q, kv, return_attn_probs=True, **keywords(rules))
+        exact.check(*checked(packed))
+        exact.check(flash_attn_func(q, k, v, **keywords(rules)))
+    if tier == "cpu":
+        # Its sums do not depend on strides.
         assert_same((out, lse), packed)
-        assert_same((out,), (flash_attn_func(q, k, v, **keywords(rules)),))
 
 
 @tiers
@@ -170,7 +173,7 @@ def test_varlen_functions_are_exact(tier: str, data: st.DataObject) -> None:
         exact.check(out, lse)
         assert (empty.numel(), out.dtype) == (0, dtype)
         kv = torch.stack([k, v], dim=1)
-        assert_same((out, lse), flash_attn_varlen_kvpacked_func(q, kv, *lengths, **options))
+        exact.check(*checked(flash_attn_varlen_kvpacked_func(q, kv, *lengths, **options)))
 
 
 @tiers
