@@ -571,7 +571,7 @@ assert flash_attn_func(q[:, :64], q[:, :64], q[:, :64]).eq(0).all()
 def test_control_c_ends_a_long_call(child: Any) -> None:
     # About 9 TFLOP: minutes.
     delay = float(child(INTERRUPT.format(length=65536)).stdout)
-    assert delay < 10
+    assert delay < 3
 
 
 def test_other_threads_run_during_a_long_call() -> None:

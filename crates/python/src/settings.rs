@@ -56,7 +56,7 @@ pub fn current(py: Python<'_>) -> PyResult<Arc<Resolved>> {
     // Warnings run Python code, so the lock must not be held.
     for warning in warnings {
         let text = CString::new(warning.to_string())?;
-        PyErr::warn(py, &py.get_type::<PyRuntimeWarning>(), &text, 1)?;
+        PyErr::warn(py, &py.get_type::<PyRuntimeWarning>(), &text, 2)?;
     }
     Ok(settings)
 }
