@@ -1,0 +1,8 @@
+//! Attention kernels in Metal Shading Language and how they are launched.
+//!
+//! The text of a kernel is a readable `.metal` file plus a short block of `#define`s. A [`Device`] compiles and
+//! dispatches it: torch's MPS stream, a Metal queue of our own, or the simulator.
+
+mod device;
+
+pub use device::{Argument, Device, DeviceError, Grid};

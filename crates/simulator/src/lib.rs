@@ -1,0 +1,1 @@
+//! Executes Metal Shading Language kernels on a CPU and checks every access.
