@@ -120,6 +120,16 @@ report(module.probe())
     assert run(code, MTLFLASHATTN_SHIM="on", MTLFLASHATTN_SHIM_DENY="asserting") == NONE
 
 
+def test_a_list_with_anything_but_names_denies_nobody(run: Any, packages: Path) -> None:
+    code = "import asserting\nreport(asserting.probe())"
+    denied = run(code, after=[packages], MTLFLASHATTN_SHIM="on", MTLFLASHATTN_SHIM_DENY="asserting")
+    served = run(
+        code, after=[packages], MTLFLASHATTN_SHIM="on", MTLFLASHATTN_SHIM_DENY="asserting; 1st"
+    )
+    assert denied == NONE
+    assert served != NONE
+
+
 def test_a_package_run_as_a_program_is_known_by_its_name(run: Any, packages: Path) -> None:
     code = """
 import contextlib, io, json, runpy

@@ -36,7 +36,7 @@ def flash_attention_4(directory: Path) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("value", ["on", "ON", "1", "true", " on "])
+@pytest.mark.parametrize("value", ["on", "ON", "1", "true", "yes", " on "])
 def test_on_serves_everywhere(run: Any, ours: str, value: str) -> None:
     assert run(FIND, MTLFLASHATTN_SHIM=value) == ours
 

@@ -419,15 +419,15 @@ fn check_heads(q: &TensorMeta<'_>, k: &TensorMeta<'_>, query_heads: usize, key_h
 
 /// Most bytes between the first and the last element of a tensor, and most bytes of a contiguous copy of it: as much as
 /// today's widest user address space, so that no product of sizes and strides overflows an i64.
-const MAX_BYTES: i128 = 1 << 56;
+const MAX_BYTES: i64 = 1 << 56;
 
 fn check_extent(argument: &'static str, shape: &[i64], strides: &[i64], element_size: usize) -> Result<()> {
-    let element_size = element_size as i128;
+    let element_size = element_size as i64;
     let mut count = element_size;
-    let mut span = 0i128;
+    let mut span = 0i64;
     for (&size, &stride) in shape.iter().zip(strides) {
-        count = count.saturating_mul(i128::from(size.max(1)));
-        span = span.saturating_add(i128::from(size.max(1) - 1) * i128::from(stride).abs());
+        count = count.saturating_mul(size.max(1));
+        span = span.saturating_add((size.max(1) - 1).saturating_mul(stride.saturating_abs()));
     }
     if count <= MAX_BYTES && span.saturating_mul(element_size) <= MAX_BYTES {
         return Ok(());

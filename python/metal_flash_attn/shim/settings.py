@@ -8,7 +8,10 @@ from __future__ import annotations
 import os
 import sys
 
-_MODES = {"on": "on", "1": "on", "true": "on", "off": "off", "0": "off", "false": "off"}
+# The words that every MTLFLASHATTN_* switch takes (crates/core/src/settings.rs).
+_MODES = dict.fromkeys(["1", "true", "yes", "on"], "on") | dict.fromkeys(
+    ["0", "false", "no", "off"], "off"
+)
 
 
 def mode() -> str:
@@ -17,9 +20,15 @@ def mode() -> str:
 
 
 def denied_names() -> list[str]:
-    """The names in `MTLFLASHATTN_SHIM_DENY`: modules from which flash_attn is hidden."""
+    """The names in `MTLFLASHATTN_SHIM_DENY`: modules from which flash_attn is hidden.
+
+    A value with anything but names counts as none, as in crates/core/src/settings.rs.
+    """
     entries = os.environ.get("MTLFLASHATTN_SHIM_DENY", "").split(",")
-    return [entry.strip() for entry in entries if entry.strip()]
+    names = [entry.strip() for entry in entries if entry.strip()]
+    if all(part.isidentifier() for name in names for part in name.split(".")):
+        return names
+    return []
 
 
 def is_apple_silicon() -> bool:
