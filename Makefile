@@ -33,6 +33,7 @@ test: test-rust test-python ## Run all Rust and Python tests
 
 test-rust: setup
 	cargo test --workspace --exclude mtlflashattn-python --quiet
+	cargo test --release --package mtlflashattn-cpu --test disassembly --quiet
 
 test-python: build
 	$(VENV_PYTHON) -m pytest -q

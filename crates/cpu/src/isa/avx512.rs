@@ -1,11 +1,135 @@
-//! AVX-512: thirty-two registers of sixteen lanes. The 8 x 32 tile needs nineteen of them, which the compiler keeps.
+//! AVX-512: thirty-two registers of sixteen lanes. The compiler keeps the 8 x 32 tile in them, but once inlined into a
+//! kernel it reads the distances between key rows from the stack at every step, so both products are assembly.
 
-use std::arch::x86_64::*;
+use std::arch::{asm, x86_64::*};
 
 use super::{Simd, tile};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512;
+
+/// One row of the tile: two vectors times one broadcast scalar.
+macro_rules! row {
+    ($acc0:literal, $acc1:literal, $scalar:literal, $address:expr) => {
+        concat!(
+            concat!("vbroadcastss zmm", $scalar, ", dword ptr [", $address, "]\n"),
+            concat!("vfmadd231ps zmm", $acc0, ", zmm", $scalar, ", zmm16\n"),
+            concat!("vfmadd231ps zmm", $acc1, ", zmm", $scalar, ", zmm17\n"),
+        )
+    };
+}
+
+/// One rank-1 update of the 8 x 32 tile: two vectors of `{b}` times eight broadcast scalars.
+macro_rules! rank_one_update {
+    ($b_offset:literal, [$a0:expr, $a1:expr, $a2:expr, $a3:expr, $a4:expr, $a5:expr, $a6:expr, $a7:expr]) => {
+        concat!(
+            concat!("vmovaps zmm16, [{b} + ", $b_offset, "]\n"),
+            concat!("vmovaps zmm17, [{b} + ", $b_offset, " + 64]\n"),
+            row!(0, 1, 18, $a0),
+            row!(2, 3, 19, $a1),
+            row!(4, 5, 20, $a2),
+            row!(6, 7, 21, $a3),
+            row!(8, 9, 18, $a4),
+            row!(10, 11, 19, $a5),
+            row!(12, 13, 20, $a6),
+            row!(14, 15, 21, $a7),
+        )
+    };
+}
+
+/// One depth of eight key rows that lie `{ld}` bytes apart; `{a4}` is the fifth.
+macro_rules! scores_step {
+    ($b_offset:literal, $a_offset:literal) => {
+        rank_one_update!(
+            $b_offset,
+            [
+                concat!("{a} + ", $a_offset),
+                concat!("{a} + {ld} + ", $a_offset),
+                concat!("{a} + 2 * {ld} + ", $a_offset),
+                concat!("{a} + {ld3} + ", $a_offset),
+                concat!("{a4} + ", $a_offset),
+                concat!("{a4} + {ld} + ", $a_offset),
+                concat!("{a4} + 2 * {ld} + ", $a_offset),
+                concat!("{a4} + {ld3} + ", $a_offset)
+            ]
+        )
+    };
+}
+
+/// Eight value columns of one key.
+macro_rules! values_step {
+    ($b_offset:literal, $a_offset:literal) => {
+        rank_one_update!(
+            $b_offset,
+            [
+                concat!("{a} + ", $a_offset),
+                concat!("{a} + 4 + ", $a_offset),
+                concat!("{a} + 8 + ", $a_offset),
+                concat!("{a} + 12 + ", $a_offset),
+                concat!("{a} + 16 + ", $a_offset),
+                concat!("{a} + 20 + ", $a_offset),
+                concat!("{a} + 24 + ", $a_offset),
+                concat!("{a} + 28 + ", $a_offset)
+            ]
+        )
+    };
+}
+
+/// Runs `$body` `{n}` times with the tile of accumulators pinned to `zmm0..zmm15`.
+macro_rules! tile_loop {
+    ($acc:ident, [$($body:expr),*], $($operand:tt)*) => {
+        asm!(
+            "2:",
+            $($body,)*
+            "dec {n}",
+            "jnz 2b",
+            $($operand)*
+            inout("zmm0") $acc[0][0], inout("zmm1") $acc[0][1], inout("zmm2") $acc[1][0], inout("zmm3") $acc[1][1],
+            inout("zmm4") $acc[2][0], inout("zmm5") $acc[2][1], inout("zmm6") $acc[3][0], inout("zmm7") $acc[3][1],
+            inout("zmm8") $acc[4][0], inout("zmm9") $acc[4][1], inout("zmm10") $acc[5][0], inout("zmm11") $acc[5][1],
+            inout("zmm12") $acc[6][0], inout("zmm13") $acc[6][1], inout("zmm14") $acc[7][0], inout("zmm15") $acc[7][1],
+            out("zmm16") _, out("zmm17") _, out("zmm18") _, out("zmm19") _, out("zmm20") _, out("zmm21") _,
+            options(nostack, readonly)
+        )
+    };
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn scores_tile(keys: *const f32, key_stride: usize, queries: *const f32, depth: usize) -> [[__m512; 2]; 8] {
+    let mut acc = [[_mm512_setzero_ps(); 2]; 8];
+    tile_loop!(
+        acc,
+        [
+            scores_step!("0", "0"),
+            scores_step!("128", "4"),
+            scores_step!("256", "8"),
+            scores_step!("384", "12"),
+            "add {b}, 512",
+            "add {a}, 16",
+            "add {a4}, 16"
+        ],
+        a = inout(reg) keys => _,
+        a4 = inout(reg) keys.wrapping_add(4 * key_stride) => _,
+        b = inout(reg) queries => _,
+        n = inout(reg) depth / 4 => _,
+        ld = in(reg) key_stride * 4,
+        ld3 = in(reg) key_stride * 12,
+    );
+    acc
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn values_tile(values: *const f32, probabilities: *const f32, keys: usize, acc: &mut [[__m512; 2]; 8]) {
+    tile_loop!(
+        acc,
+        [values_step!("0", "0"), values_step!("128", "32"), "add {b}, 256", "add {a}, 64"],
+        a = inout(reg) values => _,
+        b = inout(reg) probabilities => _,
+        n = inout(reg) keys / 2 => _,
+    );
+}
 
 /// The 4 x 4 transposes inside the 128-bit lanes of four registers.
 #[inline(always)]
@@ -167,9 +291,14 @@ impl Simd for Avx512 {
         scores: *mut f32,
         row_max: &mut Self::Row,
     ) {
-        match vectors {
-            1 => tile::scores::<Self, 8, 1>(keys, key_stride, queries, depth, scores, row_max),
-            _ => tile::scores::<Self, 8, 2>(keys, key_stride, queries, depth, scores, row_max),
+        if vectors == 1 {
+            return tile::scores::<Self, 8, 1>(keys, key_stride, queries, depth, scores, row_max);
+        }
+        for (r, row) in scores_tile(keys, key_stride, queries, depth).iter().enumerate() {
+            for (n, &score) in row.iter().enumerate() {
+                _mm512_store_ps(scores.add((r * 2 + n) * 16), score);
+                row_max[n] = _mm512_max_ps(score, row_max[n]);
+            }
         }
     }
 
@@ -182,9 +311,20 @@ impl Simd for Avx512 {
         out: *mut f32,
         rescale: &Self::Row,
     ) {
-        match vectors {
-            1 => tile::values::<Self, 8, 1>(values, probabilities, keys, out, rescale),
-            _ => tile::values::<Self, 8, 2>(values, probabilities, keys, out, rescale),
+        if vectors == 1 {
+            return tile::values::<Self, 8, 1>(values, probabilities, keys, out, rescale);
+        }
+        let mut acc = [[_mm512_setzero_ps(); 2]; 8];
+        for (r, row) in acc.iter_mut().enumerate() {
+            for (n, acc) in row.iter_mut().enumerate() {
+                *acc = _mm512_mul_ps(_mm512_load_ps(out.add((r * 2 + n) * 16)), rescale[n]);
+            }
+        }
+        values_tile(values, probabilities, keys, &mut acc);
+        for (r, row) in acc.iter().enumerate() {
+            for (n, &o) in row.iter().enumerate() {
+                _mm512_store_ps(out.add((r * 2 + n) * 16), o);
+            }
         }
     }
 }
