@@ -1,5 +1,6 @@
 use proptest::prelude::*;
 
+use super::cpu::{MAX_PANELS, MIN_SPLIT_KEYS, TARGET_TASKS};
 use super::*;
 use crate::{Dtype, Options, TensorMeta};
 
@@ -38,7 +39,7 @@ fn auto_takes_the_engine_for_cpu_tensors_and_torch_elsewhere() {
         ]
     );
     let plan = Plan::new(&prefill(), Device::Torch, &auto).unwrap();
-    assert_eq!(plan, Plan { tier: Tier::Torch, cpu: None });
+    assert_eq!(plan, Plan { tier: Tier::Torch, cpu: None, metal: None });
     assert_eq!(
         plan.passed_over(Device::Torch, &auto),
         [
@@ -55,7 +56,7 @@ fn auto_takes_the_engine_for_cpu_tensors_and_torch_elsewhere() {
 fn a_forced_tier_serves_or_the_error_says_why_not() {
     let settings = forced("pytorch");
     let plan = Plan::new(&prefill(), CPU, &settings).unwrap();
-    assert_eq!(plan, Plan { tier: Tier::Torch, cpu: None });
+    assert_eq!(plan, Plan { tier: Tier::Torch, cpu: None, metal: None });
     assert!(plan.passed_over(CPU, &settings).contains(&(Tier::Cpu, Reason::NotForced)));
     for (kernel, device, message) in [
         (

@@ -1,11 +1,16 @@
 //! The decision: which tier serves a problem, with which tile, and why the others were passed over.
 
+mod cpu;
+mod metal;
 #[cfg(test)]
 mod tests;
 
 use std::fmt;
 
-use crate::{Error, Lengths, Problem, Result, Settings, Tier};
+use crate::{Error, Problem, Result, Settings, Tier};
+
+pub use cpu::{CpuPath, CpuTile};
+pub use metal::MetalTile;
 
 /// Where the tensors live, with what the planner needs to know about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,28 +26,6 @@ pub enum Device {
     },
     /// Any other torch device: only tensor operations can serve it.
     Torch,
-}
-
-/// Loop structure of the CPU engine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CpuPath {
-    /// Panels of query rows against blocks of keys: both products run at the rate of the FMA units.
-    Panels,
-    /// A few rows against each key: runs at the rate of memory.
-    Decode,
-}
-
-/// Tile of the CPU engine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CpuTile {
-    /// Loop structure.
-    pub path: CpuPath,
-    /// Query rows (times the heads of a group) that one task holds.
-    pub task_rows: usize,
-    /// Keys whose scores are held at once.
-    pub key_block: usize,
-    /// Keys of one split; splits are merged afterwards. At least the longest sequence when nothing is split.
-    pub split_keys: usize,
 }
 
 /// Why a tier does not serve a call.
@@ -79,6 +62,8 @@ pub struct Plan {
     pub tier: Tier,
     /// Its tile when it is [`Tier::Cpu`].
     pub cpu: Option<CpuTile>,
+    /// Its tile when it is [`Tier::Simdgroup`].
+    pub metal: Option<MetalTile>,
 }
 
 impl Plan {
@@ -106,7 +91,7 @@ impl Plan {
             }
             _ => None,
         };
-        Ok(Self { tier, cpu })
+        Ok(Self { tier, cpu, metal: None })
     }
 
     /// Every other tier with the reason why it does not serve.
@@ -135,58 +120,4 @@ const fn cannot_serve(tier: Tier, device: Device) -> Option<Reason> {
         (_, Device::Cpu { .. }) => Some(Reason::NeedsMps),
         (_, Device::Torch) => Some(Reason::NotBuilt),
     }
-}
-
-/// Tasks that keep any CPU of today busy; more splits than this only cost merging.
-const TARGET_TASKS: usize = 64;
-/// Fewest keys that repay the merge of a split.
-const MIN_SPLIT_KEYS: usize = 1024;
-/// Keys of a score tile: 128 keys by 24 rows are 12 KiB of a 32 KiB first-level cache.
-const KEY_BLOCK: usize = 128;
-/// Bytes of packed Q and of O that one task may hold, a good part of a 512 KiB second-level cache.
-const TASK_BYTES: usize = 256 * 1024;
-/// Most panels a task holds: beyond this the packing of K and V is already amortised.
-const MAX_PANELS: usize = 16;
-
-impl CpuTile {
-    /// The tile for `problem`. Only `task_rows` may depend on `threads`: it changes no rounding, whereas the key split
-    /// does, and results must not depend on the number of threads.
-    #[must_use]
-    pub fn new(problem: &Problem, panel_rows: usize, decode_rows: usize, threads: usize) -> Self {
-        let rows = problem.lengths.max_query_len() * problem.group();
-        let path = if rows <= decode_rows { CpuPath::Decode } else { CpuPath::Panels };
-        let task_rows = match path {
-            CpuPath::Decode => rows.max(1),
-            CpuPath::Panels => task_rows(problem, panel_rows, threads),
-        };
-        Self { path, task_rows, key_block: KEY_BLOCK, split_keys: split_keys(problem, panel_rows) }
-    }
-}
-
-fn task_rows(problem: &Problem, panel_rows: usize, threads: usize) -> usize {
-    let panel_bytes = panel_rows * (problem.head_dim + problem.value_dim) * 4;
-    let mut panels = (TASK_BYTES / panel_bytes).clamp(1, MAX_PANELS);
-    let rows = problem.lengths.query_rows() * problem.query_heads;
-    // Causal blocks differ in length: more of them even out the load.
-    let tasks_wanted = threads * if problem.mask.is_full() { 4 } else { 8 };
-    while panels > 4 && threads > 1 && rows < tasks_wanted * panels * panel_rows {
-        panels /= 2;
-    }
-    if !problem.mask.is_full() {
-        panels = panels.min(8);
-    }
-    panels * panel_rows
-}
-
-fn split_keys(problem: &Problem, panel_rows: usize) -> usize {
-    let key_len = problem.lengths.max_key_len();
-    let rows = problem.lengths.max_query_len() * problem.group();
-    let sequences = match problem.lengths {
-        Lengths::Dense { batch, .. } => batch,
-        // Ragged batches are usually long in only some sequences.
-        Lengths::Packed { batch, .. } => batch.min(8),
-    };
-    let tasks = sequences * problem.key_heads * rows.div_ceil(4 * panel_rows);
-    let splits = TARGET_TASKS.div_ceil(tasks.max(1)).min(key_len / MIN_SPLIT_KEYS).max(1);
-    key_len.div_ceil(splits).next_multiple_of(KEY_BLOCK).max(KEY_BLOCK)
 }
