@@ -4,5 +4,10 @@
 //! dispatches it: torch's MPS stream, a Metal queue of our own, or the simulator.
 
 mod device;
+mod launch;
+pub mod native;
+mod source;
 
 pub use device::{Argument, Device, DeviceError, Grid};
+pub use launch::{Launch, LaunchError, LseStrides, MAX_LEN, Outputs, TENSOR_COUNT, Tensors};
+pub use source::{Features, Kernel, QueryHome, THREADGROUP_BYTES};

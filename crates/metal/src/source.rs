@@ -1,0 +1,259 @@
+//! From a kernel variant to the exact text that a Metal compiler gets.
+
+use std::fmt::Write as _;
+
+use mtlflashattn_core::plan::MetalTile;
+use mtlflashattn_core::{BiasKind, Dtype, Lengths, Problem, Tier};
+
+/// Rows and columns of one `simdgroup_matrix`.
+const FRAGMENT: usize = 8;
+/// Threadgroup memory that every Apple GPU has.
+pub const THREADGROUP_BYTES: usize = 32 * 1024;
+
+/// The tile of the scalar kernel: 128 rows a threadgroup, and 64 columns of v in the registers or the stack of a thread.
+const SCALAR_TILE: MetalTile =
+    MetalTile { simdgroups: 4, row_fragments: 4, keys: FRAGMENT, staged: false, value_chunk: 64 };
+
+/// Compile-time switches: a kernel contains the code of what its problem has, and nothing else.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[allow(clippy::struct_excessive_bools, reason = "features are on or off")]
+pub struct Features {
+    /// Sequences are packed and delimited by `cu_seqlens`.
+    pub packed: bool,
+    /// Keys far before the diagonal are hidden.
+    pub window_left: bool,
+    /// Keys far behind the diagonal are hidden; causal attention is a right window of 0.
+    pub window_right: bool,
+    /// Scores pass through `softcap * tanh(score / softcap)`.
+    pub softcap: bool,
+    /// `ALiBi`.
+    pub alibi: bool,
+    /// Additive bias or boolean mask.
+    pub bias: Option<BiasKind>,
+    /// Attention sinks.
+    pub sinks: bool,
+    /// The LSE is written.
+    pub lse: bool,
+}
+
+impl Features {
+    /// What `problem` has.
+    #[must_use]
+    pub const fn of(problem: &Problem, lse: bool) -> Self {
+        Self {
+            packed: matches!(problem.lengths, Lengths::Packed { .. }),
+            window_left: problem.mask.left.is_some(),
+            window_right: problem.mask.right.is_some(),
+            softcap: problem.softcap > 0.0,
+            alibi: problem.alibi.is_some(),
+            bias: match problem.bias {
+                Some(bias) => Some(bias.kind),
+                None => None,
+            },
+            sinks: problem.sinks.is_some(),
+            lse,
+        }
+    }
+}
+
+/// Where the simdgroup kernel keeps Q while it walks over the keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum QueryHome {
+    /// In registers.
+    Registers,
+    /// In threadgroup memory, each lane its own elements, so that nobody waits for anybody.
+    Threadgroup,
+    /// In device memory, read again for every block of keys.
+    Device,
+}
+
+/// A kernel variant. Equal variants have equal texts, so that this is the key of every cache of pipelines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub struct Kernel {
+    /// [`Tier::Scalar`] or [`Tier::Simdgroup`].
+    pub tier: Tier,
+    /// Element type of q, k, v and the output.
+    pub dtype: Dtype,
+    /// Head dimension of q and k; `None` where the kernel reads it at run time.
+    pub head_dim: Option<usize>,
+    /// Head dimension of v and the output; `None` where the kernel reads it at run time.
+    pub value_dim: Option<usize>,
+    /// Rows, keys and columns of a threadgroup.
+    pub tile: MetalTile,
+    /// Code that is compiled in.
+    pub features: Features,
+}
+
+impl Kernel {
+    /// The scalar kernel for `problem`; `lse` says whether the LSE is wanted.
+    #[must_use]
+    pub const fn scalar(problem: &Problem, lse: bool) -> Self {
+        let features = Features::of(problem, lse);
+        Self {
+            tier: Tier::Scalar,
+            dtype: problem.dtype,
+            head_dim: None,
+            value_dim: None,
+            tile: SCALAR_TILE,
+            features,
+        }
+    }
+
+    /// The simdgroup kernel for `problem` with a tile that [`fits`](Self::fits).
+    #[must_use]
+    pub const fn simdgroup(problem: &Problem, tile: MetalTile, lse: bool) -> Self {
+        Self {
+            tier: Tier::Simdgroup,
+            dtype: problem.dtype,
+            head_dim: Some(problem.head_dim),
+            value_dim: Some(problem.value_dim),
+            tile,
+            features: Features::of(problem, lse),
+        }
+    }
+
+    /// Name of the entry point in [`source`](Self::source).
+    #[must_use]
+    pub const fn entry(&self) -> &'static str {
+        match self.tier {
+            Tier::Simdgroup => "attention_simdgroup",
+            _ => "attention_scalar",
+        }
+    }
+
+    /// The text for the Metal compiler: pure ASCII, complete, with everything specialised by `#define`s.
+    #[must_use]
+    pub fn source(&self) -> String {
+        let mut text = self.defines();
+        text.push_str(include_str!("../kernels/common.metal"));
+        text.push_str(match self.tier {
+            Tier::Simdgroup => include_str!("../kernels/simdgroup.metal"),
+            _ => include_str!("../kernels/scalar.metal"),
+        });
+        text
+    }
+
+    fn defines(&self) -> String {
+        let Features { packed, window_left, window_right, softcap, alibi, bias, sinks, lse } = self.features;
+        let bias_is = |kind| bias == Some(kind);
+        let mut text = String::new();
+        let mut define = |name: &str, value: usize| writeln!(text, "#define {name} {value}").expect("writes to a string");
+        for (name, on) in [
+            ("PACKED", packed),
+            ("WINDOW_LEFT", window_left),
+            ("WINDOW_RIGHT", window_right),
+            ("SOFTCAP", softcap),
+            ("ALIBI", alibi),
+            ("BIAS", bias.is_some()),
+            ("BIAS_BOOLEAN", bias_is(BiasKind::Boolean)),
+            ("BIAS_FLOAT", bias_is(BiasKind::Additive(Dtype::F32))),
+            ("BIAS_HALF", bias_is(BiasKind::Additive(Dtype::F16))),
+            ("BIAS_BFLOAT", bias_is(BiasKind::Additive(Dtype::Bf16))),
+            ("SINKS", sinks),
+            ("LSE", lse),
+            ("SCORE_MODIFIED", softcap || alibi || bias.is_some()),
+        ] {
+            define(name, usize::from(on));
+        }
+        define("SIMDGROUPS", self.tile.simdgroups);
+        define("VALUE_CHUNK", self.tile.value_chunk);
+        if let (Some(head_dim), Some(value_dim)) = (self.head_dim, self.value_dim) {
+            define("HEAD_DIM", head_dim);
+            define("VALUE_DIM", value_dim);
+            define("ROW_FRAGMENTS", self.tile.row_fragments);
+            define("KEYS", self.tile.keys);
+            define("STAGED", usize::from(self.tile.staged));
+            define("QUERY_IN_REGISTERS", usize::from(self.query_home() == QueryHome::Registers));
+            define("QUERY_IN_THREADGROUP", usize::from(self.query_home() == QueryHome::Threadgroup));
+        }
+        let scalar = match self.dtype {
+            Dtype::F32 => "float",
+            Dtype::F16 => "half",
+            Dtype::Bf16 => "bfloat",
+        };
+        writeln!(text, "#define scalar {scalar}\n").expect("writes to a string");
+        text
+    }
+
+    /// Query rows of a threadgroup.
+    #[must_use]
+    pub const fn rows(&self) -> usize {
+        match self.tier {
+            Tier::Simdgroup => self.tile.rows(),
+            _ => self.tile.threads(),
+        }
+    }
+
+    /// Fragments of a lane that live through the loop over the keys at its fullest: `(float32, input type)`. A float32
+    /// fragment takes 4 halves of a register file of 256, one of a 16-bit type 2.
+    #[must_use]
+    pub fn fragments(&self) -> (usize, usize) {
+        let (Some(head_dim), Some(_)) = (self.head_dim, self.value_dim) else { return (0, 0) };
+        let MetalTile { row_fragments, keys, value_chunk, .. } = self.tile;
+        let query = match self.query_home() {
+            QueryHome::Registers => row_fragments * head_dim.div_ceil(FRAGMENT),
+            _ => row_fragments,
+        };
+        let out = row_fragments * value_chunk.div_ceil(FRAGMENT);
+        (out + row_fragments * keys / FRAGMENT, query + 1)
+    }
+
+    /// Where Q lives: as near as the registers and the threadgroup memory allow.
+    #[must_use]
+    pub fn query_home(&self) -> QueryHome {
+        let (Some(head_dim), Some(_)) = (self.head_dim, self.value_dim) else { return QueryHome::Device };
+        let MetalTile { simdgroups, row_fragments, keys, value_chunk, .. } = self.tile;
+        let fragments = row_fragments * head_dim.div_ceil(FRAGMENT);
+        let halves_each = self.dtype.size();
+        let accumulators = row_fragments * (value_chunk.div_ceil(FRAGMENT) + keys / FRAGMENT);
+        let halves = 4 * accumulators + halves_each * (fragments + 1) + OTHER_HALVES;
+        if halves <= MAX_HALVES {
+            return QueryHome::Registers;
+        }
+        let bytes = simdgroups * fragments * FRAGMENT * FRAGMENT * self.dtype.size() + self.staged_bytes();
+        if bytes <= THREADGROUP_BYTES { QueryHome::Threadgroup } else { QueryHome::Device }
+    }
+
+    /// Static threadgroup memory in bytes.
+    #[must_use]
+    pub fn threadgroup_bytes(&self) -> usize {
+        let Some(head_dim) = self.head_dim else { return 0 };
+        let parked = match self.query_home() {
+            QueryHome::Threadgroup => {
+                self.tile.rows() * head_dim.next_multiple_of(FRAGMENT) * self.dtype.size()
+            }
+            _ => 0,
+        };
+        parked + self.staged_bytes()
+    }
+
+    /// Threadgroup memory of staged K and V; each row is followed by 16 bytes, so that rows start in different banks.
+    fn staged_bytes(&self) -> usize {
+        let Some(head_dim) = self.head_dim else { return 0 };
+        if !self.tile.staged {
+            return 0;
+        }
+        let row = |columns: usize| columns.next_multiple_of(FRAGMENT) * self.dtype.size() + 16;
+        self.tile.keys * (row(head_dim) + row(self.tile.value_chunk))
+    }
+
+    /// Whether the tile is one that the kernel can have: sizes in whole fragments, threads and threadgroup memory
+    /// within every Apple GPU's limits.
+    #[must_use]
+    pub fn fits(&self) -> bool {
+        let MetalTile { simdgroups, row_fragments, keys, value_chunk, .. } = self.tile;
+        (1..=32).contains(&simdgroups)
+            && row_fragments >= 1
+            && keys >= FRAGMENT
+            && keys.is_multiple_of(FRAGMENT)
+            && value_chunk >= 1
+            && value_chunk.is_multiple_of(FRAGMENT)
+            && self.threadgroup_bytes() <= THREADGROUP_BYTES
+    }
+}
+
+/// Halves that a kernel needs besides fragments: pointers, the softmax state, temporaries.
+const OTHER_HALVES: usize = 40;
+/// Halves of a thread of an M1-class GPU, less what the scheduler of the compiler wants free.
+const MAX_HALVES: usize = 248;
