@@ -87,6 +87,12 @@ const SDPA_FAST_MIN_SEQ: Variable = Variable {
     allowed: "a whole number of at least 0",
     description: "Longest of query and key length from which the patch serves calls that have a tensorops tier.",
 };
+const DEVICE: Variable = Variable {
+    name: "MTLFLASHATTN_DEVICE",
+    default: "auto",
+    allowed: "auto, simulator",
+    description: "simulator computes CPU tensors by the Metal kernels, executed by the simulator: slow, for tests.",
+};
 const CPU_ISA: Variable = Variable {
     name: "MTLFLASHATTN_CPU_ISA",
     default: "auto",
@@ -97,6 +103,7 @@ const CPU_ISA: Variable = Variable {
 /// Every variable, in the order in which help lists them.
 pub const VARIABLES: &[Variable] = &[
     KERNEL,
+    DEVICE,
     CPU_ISA,
     TORCH_CHUNK,
     V2_PREUSE,
@@ -200,6 +207,26 @@ impl Switch {
     }
 }
 
+/// What `MTLFLASHATTN_DEVICE` asks for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Device {
+    /// Each tensor is computed where it lies.
+    #[default]
+    Auto,
+    /// CPU tensors are computed by the Metal kernels, which the simulator executes.
+    Simulator,
+}
+
+impl Device {
+    fn parse(text: &str) -> Option<Self> {
+        match text {
+            "auto" => Some(Self::Auto),
+            "simulator" => Some(Self::Simulator),
+            _ => None,
+        }
+    }
+}
+
 /// Instruction set that `MTLFLASHATTN_CPU_ISA` asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CpuIsa {
@@ -242,6 +269,8 @@ impl CpuIsa {
 pub struct Settings {
     /// The forced tier, if any.
     pub kernel: Kernel,
+    /// Whether CPU tensors go to the simulator.
+    pub device: Device,
     /// Instruction set of the cpu tier.
     pub cpu_isa: CpuIsa,
     /// Query rows that the torch tier computes at a time; at least 1.
@@ -270,6 +299,7 @@ impl Settings {
     /// Nothing set.
     pub const DEFAULT: Self = Self {
         kernel: Kernel::AUTO,
+        device: Device::Auto,
         cpu_isa: CpuIsa::Auto,
         torch_chunk: 2048,
         v2_preuse: Switch::Auto,
@@ -293,6 +323,7 @@ impl Settings {
         let at_least = |least: usize| move |text: &str| text.parse().ok().filter(|&number| number >= least);
         let settings = Self {
             kernel: reader.read(KERNEL, |text| Kernel::parse(text, v2_preuse)).unwrap_or(default.kernel),
+            device: reader.read(DEVICE, Device::parse).unwrap_or(default.device),
             cpu_isa: reader.read(CPU_ISA, CpuIsa::parse).unwrap_or(default.cpu_isa),
             torch_chunk: reader.read(TORCH_CHUNK, at_least(1)).unwrap_or(default.torch_chunk),
             v2_preuse,
@@ -464,6 +495,7 @@ mod tests {
     fn every_variable_reaches_its_field() {
         let settings = accepted(&[
             (KERNEL.name, "V0"),
+            (DEVICE.name, "Simulator"),
             (CPU_ISA.name, "AVX512"),
             (TORCH_CHUNK.name, "1"),
             (V2_PREUSE.name, "True"),
@@ -478,6 +510,7 @@ mod tests {
         ]);
         let expected = Settings {
             kernel: Kernel { name: "v0", tier: Some(Tier::Scalar) },
+            device: Device::Simulator,
             cpu_isa: CpuIsa::Avx512,
             torch_chunk: 1,
             v2_preuse: Switch::On,
@@ -505,6 +538,7 @@ mod tests {
         );
         for (variable, values) in [
             (KERNEL, &["v3", "tensorops_staged", "metal"][..]),
+            (DEVICE, &["cpu", "mps", "1"]),
             (CPU_ISA, &["sse2", "avx-512"]),
             (TORCH_CHUNK, &["0", "-1", "2.5", "1e3", "99999999999999999999"]),
             (V2_PREUSE, &["2", "maybe"]),

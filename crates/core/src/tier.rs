@@ -20,9 +20,18 @@ pub enum Tier {
 }
 
 impl Tier {
-    /// Every tier, best first.
+    /// Every tier, in the order in which `auto` tries them.
     pub const ALL: [Self; 6] =
         [Self::Tensorops, Self::TensoropsStaged, Self::Simdgroup, Self::Cpu, Self::Torch, Self::Scalar];
+
+    /// Whether the tier is a Metal kernel.
+    #[must_use]
+    pub const fn is_metal(self) -> bool {
+        match self {
+            Self::Tensorops | Self::TensoropsStaged | Self::Simdgroup | Self::Scalar => true,
+            Self::Torch | Self::Cpu => false,
+        }
+    }
 
     /// The name that `plan` and `trace` print.
     #[must_use]

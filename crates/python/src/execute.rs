@@ -2,7 +2,7 @@
 
 use std::ptr;
 
-use mtlflashattn_core::{self as core, CpuTile, Device, Plan, Problem, Settings, Strides, Tier};
+use mtlflashattn_core::{self as core, CpuTile, Demotions, Device, Planner, Problem, Settings, Strides, Tier};
 use mtlflashattn_cpu::{self as cpu, Inputs, Isa, Outputs};
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -102,7 +102,7 @@ pub fn execute<'py>(
     let small = problem.flops() < SMALL_FLOPS;
     let threads = if small || !on_cpu { 1 } else { torch.num_threads(py)? };
     let device = if on_cpu { cpu_device(isa, threads) } else { Device::Torch };
-    let plan = Plan::new(problem, device, &settings.values)?;
+    let plan = Planner { device, settings: &settings.values, demotions: Demotions::NONE }.plan(problem)?;
     let results = allocate(torch, form, &objects, &described, want_lse)?;
     match (plan.tier, &plan.cpu) {
         (Tier::Cpu, Some(tile)) => {

@@ -1,6 +1,6 @@
 //! `plan()`: which tier would serve a call, and why not the others.
 
-use mtlflashattn_core::{self as core, Device};
+use mtlflashattn_core::{self as core, Demotions, Device, Planner};
 use pyo3::intern;
 use pyo3::prelude::*;
 
@@ -77,8 +77,9 @@ pub fn plan<'py>(
         let settings = settings::current(py)?;
         let isa = settings.isa()?;
         let device = if on_cpu { cpu_device(isa, torch.num_threads(py)?) } else { Device::Torch };
-        let plan = core::Plan::new(&problem, device, &settings.values)?;
-        let passed_over = plan.passed_over(device, &settings.values);
+        let planner = Planner { device, settings: &settings.values, demotions: Demotions::NONE };
+        let plan = planner.plan(&problem)?;
+        let passed_over = planner.passed_over(&problem, &plan);
         Ok(Plan {
             tier: plan.tier.name(),
             isa: plan.cpu.is_some().then(|| isa.name()),

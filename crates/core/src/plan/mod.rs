@@ -1,16 +1,19 @@
 //! The decision: which tier serves a problem, with which tile, and why the others were passed over.
 
 mod cpu;
+mod gpu;
 mod metal;
+pub mod occupancy;
+mod reason;
 #[cfg(test)]
 mod tests;
 
-use std::fmt;
-
-use crate::{Error, Problem, Result, Settings, Tier};
+use crate::{Error, Problem, Result, Settings, Tier, settings};
 
 pub use cpu::{CpuPath, CpuTile};
-pub use metal::MetalTile;
+pub use gpu::{Chip, Gpu, Missing, Size, Version};
+pub use metal::{FRAGMENT, MetalTile, Refusal, Traffic};
+pub use reason::{Demotions, Reason};
 
 /// Where the tensors live, with what the planner needs to know about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,35 +27,10 @@ pub enum Device {
         /// Threads that will share the work.
         threads: usize,
     },
+    /// An Apple GPU, or the simulator that stands for one.
+    Metal(Gpu),
     /// Any other torch device: only tensor operations can serve it.
     Torch,
-}
-
-/// Why a tier does not serve a call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reason {
-    /// The tier needs tensors on another kind of device.
-    NeedsMps,
-    /// The tier's kernels are not part of this version.
-    NotBuilt,
-    /// The tier serves CPU tensors only.
-    NeedsCpu,
-    /// A tier before it in the order serves the call.
-    Slower,
-    /// `MTLFLASHATTN_KERNEL` names another tier.
-    NotForced,
-}
-
-impl fmt::Display for Reason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::NeedsMps => "needs tensors on an MPS device",
-            Self::NotBuilt => "this version contains no Metal kernels",
-            Self::NeedsCpu => "needs CPU tensors",
-            Self::Slower => "a faster tier serves this call",
-            Self::NotForced => "MTLFLASHATTN_KERNEL names another tier",
-        })
-    }
 }
 
 /// Which tier serves a problem, with which tile.
@@ -66,58 +44,83 @@ pub struct Plan {
     pub metal: Option<MetalTile>,
 }
 
-impl Plan {
-    /// Chooses the tier for `problem` on `device`.
+/// Makes plans for one device.
+#[derive(Clone, Copy, Debug)]
+pub struct Planner<'a> {
+    /// Where the tensors live.
+    pub device: Device,
+    /// What the user asks for.
+    pub settings: &'a Settings,
+    /// The tiers that have failed on this machine.
+    pub demotions: &'a Demotions,
+}
+
+impl Planner<'_> {
+    /// Chooses the tier for `problem`: the forced one, or the first in the order of [`Tier::ALL`] that can serve.
     ///
     /// # Errors
     /// [`Error::Unsupported`] when `MTLFLASHATTN_KERNEL` forces a tier that cannot serve.
-    pub fn new(problem: &Problem, device: Device, settings: &Settings) -> Result<Self> {
-        let tier = match settings.kernel.tier() {
-            Some(forced) => match cannot_serve(forced, device) {
-                None => forced,
-                Some(reason) => {
-                    return Err(Error::Unsupported {
-                        argument: "MTLFLASHATTN_KERNEL",
-                        got: format!("{} for this call ({forced}: {reason})", settings.kernel.name()),
-                        instead: "unset the variable, or set it to auto".into(),
-                    });
+    pub fn plan(&self, problem: &Problem) -> Result<Plan> {
+        let kernel = self.settings.kernel;
+        let Some(forced) = kernel.tier() else {
+            let served = Tier::ALL.into_iter().find_map(|tier| self.serve(problem, tier).ok());
+            return Ok(served.unwrap_or(Plan { tier: Tier::Torch, cpu: None, metal: None }));
+        };
+        self.serve(problem, forced).map_err(|reason| Error::Unsupported {
+            argument: "MTLFLASHATTN_KERNEL",
+            got: format!("{} for this call ({forced}: {reason})", kernel.name()),
+            instead: "unset the variable, or set it to auto".into(),
+        })
+    }
+
+    /// Every tier but that of `plan`, with the reason why it does not serve `problem`.
+    #[must_use]
+    pub fn passed_over(&self, problem: &Problem, plan: &Plan) -> Vec<(Tier, Reason)> {
+        let kernel = self.settings.kernel;
+        let why = |tier| match self.serve(problem, tier) {
+            Err(reason) => reason,
+            Ok(_) if kernel.tier().is_some() => Reason::NotForced(kernel.name()),
+            Ok(_) => Reason::After(plan.tier),
+        };
+        Tier::ALL.into_iter().filter(|&tier| tier != plan.tier).map(|tier| (tier, why(tier))).collect()
+    }
+
+    /// The plan of `tier` for `problem`, or why it cannot serve it.
+    fn serve(&self, problem: &Problem, tier: Tier) -> std::result::Result<Plan, Reason> {
+        let plan = Plan { tier, cpu: None, metal: None };
+        match (tier, self.device) {
+            (Tier::Torch, _) => Ok(plan),
+            (Tier::Cpu, Device::Cpu { panel_rows, decode_rows, threads }) => {
+                Ok(Plan { cpu: Some(CpuTile::new(problem, panel_rows, decode_rows, threads)), ..plan })
+            }
+            (Tier::Cpu, Device::Metal(_)) if self.settings.device == settings::Device::Simulator => {
+                Err(Reason::Simulated)
+            }
+            (Tier::Cpu, _) => Err(Reason::NeedsCpu),
+            (_, Device::Metal(gpu)) => self.serve_on_metal(problem, plan, gpu),
+            (_, Device::Cpu { .. } | Device::Torch) => Err(Reason::NeedsMetal),
+        }
+    }
+
+    fn serve_on_metal(&self, problem: &Problem, plan: Plan, gpu: Gpu) -> std::result::Result<Plan, Reason> {
+        if let Some(missing) = gpu.lacks_for_kernels(problem.dtype) {
+            return Err(Reason::Lacks(missing));
+        }
+        if let Some(failure) = self.demotions.failure(plan.tier) {
+            return Err(Reason::Demoted(failure.to_owned()));
+        }
+        match plan.tier {
+            Tier::Tensorops | Tier::TensoropsStaged => {
+                Err(gpu.lacks_for_tensorops().map_or(Reason::NotBuilt(gpu), Reason::Lacks))
+            }
+            Tier::Simdgroup => match metal::choose(problem, &gpu) {
+                Ok(tile) => Ok(Plan { metal: Some(tile), ..plan }),
+                Err(refusal) => {
+                    let Problem { head_dim, value_dim, dtype, .. } = *problem;
+                    Err(Reason::NoTile { head_dim, value_dim, dtype, refusal })
                 }
             },
-            None => serving_tier(device),
-        };
-        let cpu = match (tier, device) {
-            (Tier::Cpu, Device::Cpu { panel_rows, decode_rows, threads }) => {
-                Some(CpuTile::new(problem, panel_rows, decode_rows, threads))
-            }
-            _ => None,
-        };
-        Ok(Self { tier, cpu, metal: None })
-    }
-
-    /// Every other tier with the reason why it does not serve.
-    #[must_use]
-    pub fn passed_over(&self, device: Device, settings: &Settings) -> Vec<(Tier, Reason)> {
-        let why = |tier| match cannot_serve(tier, device) {
-            Some(reason) => reason,
-            None if settings.kernel.tier().is_some() => Reason::NotForced,
-            None => Reason::Slower,
-        };
-        Tier::ALL.into_iter().filter(|&tier| tier != self.tier).map(|tier| (tier, why(tier))).collect()
-    }
-}
-
-const fn serving_tier(device: Device) -> Tier {
-    match device {
-        Device::Cpu { .. } => Tier::Cpu,
-        Device::Torch => Tier::Torch,
-    }
-}
-
-const fn cannot_serve(tier: Tier, device: Device) -> Option<Reason> {
-    match (tier, device) {
-        (Tier::Torch, _) | (Tier::Cpu, Device::Cpu { .. }) => None,
-        (Tier::Cpu, Device::Torch) => Some(Reason::NeedsCpu),
-        (_, Device::Cpu { .. }) => Some(Reason::NeedsMps),
-        (_, Device::Torch) => Some(Reason::NotBuilt),
+            Tier::Scalar | Tier::Torch | Tier::Cpu => Ok(plan),
+        }
     }
 }

@@ -22,63 +22,61 @@ fn forced(kernel: &str) -> Settings {
     Settings::parse(|name| (name == "MTLFLASHATTN_KERNEL").then(|| kernel.to_owned())).0
 }
 
+fn planner<'a>(device: Device, settings: &'a Settings) -> Planner<'a> {
+    Planner { device, settings, demotions: Demotions::NONE }
+}
+
+const M1: Gpu = Gpu {
+    chip: Chip::M { generation: 1, size: Size::Base },
+    cores: 8,
+    macos: Version::new(15, 0),
+    torch: Some(Version::new(2, 15)),
+};
+
 #[test]
 fn auto_takes_the_engine_for_cpu_tensors_and_torch_elsewhere() {
     let auto = Settings::DEFAULT;
-    let plan = Plan::new(&prefill(), CPU, &auto).unwrap();
-    assert_eq!(plan.tier, Tier::Cpu);
-    assert_eq!(plan.cpu, Some(CpuTile::new(&prefill(), 24, 8, 2)));
+    let planner = planner(CPU, &auto);
+    let plan = planner.plan(&prefill()).unwrap();
+    assert_eq!(plan, Plan { tier: Tier::Cpu, cpu: Some(CpuTile::new(&prefill(), 24, 8, 2)), metal: None });
     assert_eq!(
-        plan.passed_over(CPU, &auto),
+        planner.passed_over(&prefill(), &plan),
         [
-            (Tier::Tensorops, Reason::NeedsMps),
-            (Tier::TensoropsStaged, Reason::NeedsMps),
-            (Tier::Simdgroup, Reason::NeedsMps),
-            (Tier::Torch, Reason::Slower),
-            (Tier::Scalar, Reason::NeedsMps),
+            (Tier::Tensorops, Reason::NeedsMetal),
+            (Tier::TensoropsStaged, Reason::NeedsMetal),
+            (Tier::Simdgroup, Reason::NeedsMetal),
+            (Tier::Torch, Reason::After(Tier::Cpu)),
+            (Tier::Scalar, Reason::NeedsMetal),
         ]
     );
-    let plan = Plan::new(&prefill(), Device::Torch, &auto).unwrap();
+    let planner = Planner { device: Device::Torch, ..planner };
+    let plan = planner.plan(&prefill()).unwrap();
     assert_eq!(plan, Plan { tier: Tier::Torch, cpu: None, metal: None });
-    assert_eq!(
-        plan.passed_over(Device::Torch, &auto),
-        [
-            (Tier::Tensorops, Reason::NotBuilt),
-            (Tier::TensoropsStaged, Reason::NotBuilt),
-            (Tier::Simdgroup, Reason::NotBuilt),
-            (Tier::Cpu, Reason::NeedsCpu),
-            (Tier::Scalar, Reason::NotBuilt),
-        ]
-    );
+    assert_eq!(planner.passed_over(&prefill(), &plan)[3], (Tier::Cpu, Reason::NeedsCpu));
 }
 
 #[test]
 fn a_forced_tier_serves_or_the_error_says_why_not() {
     let settings = forced("pytorch");
-    let plan = Plan::new(&prefill(), CPU, &settings).unwrap();
+    let planner_of_torch = planner(CPU, &settings);
+    let plan = planner_of_torch.plan(&prefill()).unwrap();
     assert_eq!(plan, Plan { tier: Tier::Torch, cpu: None, metal: None });
-    assert!(plan.passed_over(CPU, &settings).contains(&(Tier::Cpu, Reason::NotForced)));
-    for (kernel, device, message) in [
-        (
-            "v2_fp32",
-            CPU,
-            "MTLFLASHATTN_KERNEL: v2_fp32 for this call (tensorops: needs tensors on an MPS device) is not supported; \
-             unset the variable, or set it to auto",
-        ),
-        (
-            "v0",
-            Device::Torch,
-            "MTLFLASHATTN_KERNEL: v0 for this call (scalar: this version contains no Metal kernels) is not supported; \
-             unset the variable, or set it to auto",
-        ),
-        (
-            "cpu",
-            Device::Torch,
-            "MTLFLASHATTN_KERNEL: cpu for this call (cpu: needs CPU tensors) is not supported; \
-             unset the variable, or set it to auto",
-        ),
+    assert!(planner_of_torch.passed_over(&prefill(), &plan).contains(&(Tier::Cpu, Reason::NotForced("pytorch"))));
+    let m1 = Device::Metal(M1);
+    for (kernel, device, tier_and_reason) in [
+        ("v2_fp32", CPU, "tensorops: needs tensors on an MPS device"),
+        ("v0", Device::Torch, "scalar: needs tensors on an MPS device"),
+        ("cpu", Device::Torch, "cpu: needs CPU tensors"),
+        ("cpu", m1, "cpu: needs CPU tensors"),
+        ("v2r", m1, "tensorops: needs an M5 or later; this is Apple M1"),
     ] {
-        assert_eq!(Plan::new(&prefill(), device, &forced(kernel)).unwrap_err().to_string(), message);
+        assert_eq!(
+            planner(device, &forced(kernel)).plan(&prefill()).unwrap_err().to_string(),
+            format!(
+                "MTLFLASHATTN_KERNEL: {kernel} for this call ({tier_and_reason}) is not supported; \
+                 unset the variable, or set it to auto"
+            )
+        );
     }
 }
 

@@ -1,0 +1,85 @@
+//! Why a tier does not serve a call.
+
+use std::fmt;
+
+use super::gpu::{Gpu, Missing};
+use super::metal::Refusal;
+use crate::{Dtype, Tier};
+
+/// Why a tier does not serve a call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// The tier computes on an Apple GPU.
+    NeedsMetal,
+    /// The tier serves CPU tensors only.
+    NeedsCpu,
+    /// `MTLFLASHATTN_DEVICE` sends CPU tensors to the simulator.
+    Simulated,
+    /// The machine lacks something.
+    Lacks(Missing),
+    /// The machine could run the tier, but its kernels are not part of this version.
+    NotBuilt(Gpu),
+    /// No tile of the kernel fits the GPU.
+    NoTile {
+        /// Columns of Q and K.
+        head_dim: usize,
+        /// Columns of V and O.
+        value_dim: usize,
+        /// Element type.
+        dtype: Dtype,
+        /// What the leanest tile needs.
+        refusal: Refusal,
+    },
+    /// The tier failed on this machine earlier in this process.
+    Demoted(String),
+    /// A tier before it in the order serves the call.
+    After(Tier),
+    /// `MTLFLASHATTN_KERNEL` names another tier; this is its value.
+    NotForced(&'static str),
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NeedsMetal => f.write_str("needs tensors on an MPS device"),
+            Self::NeedsCpu => f.write_str("needs CPU tensors"),
+            Self::Simulated => f.write_str("MTLFLASHATTN_DEVICE sends CPU tensors to the simulator"),
+            Self::Lacks(missing) => missing.fmt(f),
+            Self::NotBuilt(gpu) => {
+                write!(f, "this machine could ({gpu}), but this version contains no matmul2d kernels")
+            }
+            Self::NoTile { head_dim, value_dim, dtype, refusal } => {
+                let dims = if head_dim == value_dim { String::new() } else { format!("/{value_dim}") };
+                write!(f, "the leanest tile for head_dim {head_dim}{dims} in {dtype} needs {refusal}")
+            }
+            Self::Demoted(failure) => write!(f, "failed earlier in this process: {failure}"),
+            Self::After(tier) => write!(f, "{tier} comes before it and serves this call"),
+            Self::NotForced(name) => write!(f, "MTLFLASHATTN_KERNEL is {name}"),
+        }
+    }
+}
+
+/// The Metal tiers that failed on this machine, with what they failed of. A tier stays demoted until the process ends.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Demotions(Vec<(Tier, String)>);
+
+impl Demotions {
+    /// No tier has failed.
+    pub const NONE: &Self = &Self(Vec::new());
+
+    /// Demotes `tier`; the first failure is the one that is kept. Returns whether it is the first, which is when to
+    /// warn. The torch and cpu tiers compile nothing and are never demoted.
+    pub fn demote(&mut self, tier: Tier, failure: impl Into<String>) -> bool {
+        if !tier.is_metal() || self.failure(tier).is_some() {
+            return false;
+        }
+        self.0.push((tier, failure.into()));
+        true
+    }
+
+    /// What `tier` failed of.
+    #[must_use]
+    pub fn failure(&self, tier: Tier) -> Option<&str> {
+        self.0.iter().find(|(demoted, _)| *demoted == tier).map(|(_, failure)| failure.as_str())
+    }
+}
