@@ -5,11 +5,8 @@
 // infinity takes part in the arithmetic. Infinities that must be told apart are compared as bit patterns, which a
 // compiler may not assume away in any math mode.
 
-#include <metal_stdlib>
-using namespace metal;
-
-constant constexpr float HIDDEN = -0x1p127f;
-constant constexpr float LOWEST = -0x1p126f;
+constant constexpr float HIDDEN = -1.7014118346046923e38f;  // -2**127
+constant constexpr float LOWEST = -8.507059173023462e37f;   // -2**126
 // A running maximum follows the true one only once that is this much higher (a factor of 256 in the weights, which
 // float and half hold with ease), so that accumulated outputs are seldom rescaled. Cf. FlashAttention-4.
 constant constexpr float MAXIMUM_LAG = 8.0f;
@@ -126,7 +123,7 @@ KeyRange visible_keys(int query, Place place, constant Sizes& sizes) {
 }
 
 // Element 0 of a row of a head of q or out; of k or v with their head and start.
-long row_offset(Strides strides, int batch, int head, long row) {
+long row_offset(constant Strides& strides, int batch, int head, long row) {
     return batch * strides.batch + head * strides.head + row * strides.row;
 }
 

@@ -125,7 +125,9 @@ impl Kernel {
     /// The text for the Metal compiler: pure ASCII, complete, with everything specialised by `#define`s.
     #[must_use]
     pub fn source(&self) -> String {
-        let mut text = self.defines();
+        // Before the definitions, which could otherwise change its meaning.
+        let mut text = String::from("#include <metal_stdlib>\nusing namespace metal;\n\n");
+        text.push_str(&self.defines());
         text.push_str(include_str!("../kernels/common.metal"));
         text.push_str(match self.tier {
             Tier::Simdgroup => include_str!("../kernels/simdgroup.metal"),
@@ -172,7 +174,7 @@ impl Kernel {
             Dtype::F16 => "half",
             Dtype::Bf16 => "bfloat",
         };
-        writeln!(text, "#define scalar {scalar}\n").expect("writes to a string");
+        writeln!(text, "typedef {scalar} scalar;  // of q, k, v and out\n").expect("writes to a string");
         text
     }
 
