@@ -9,7 +9,7 @@ RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates -name '*.rs' -o -name 
 PYTHON_FOLDERS := python tests bench demo mtlflashattn.data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-rust test-python test-neon lint format bench clean
+.PHONY: help setup build demo test test-rust test-python test-neon lint check-macos format bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -48,6 +48,9 @@ lint: build ## Check formatting, clippy, ruff, types and the stub
 	.venv/bin/ruff format --check $(PYTHON_FOLDERS)
 	.venv/bin/mypy
 	$(VENV_PYTHON) -m mypy.stubtest metal_flash_attn._native
+
+check-macos: ## Check the Rust code for macOS with clippy, on any host
+	scripts/check-macos
 
 format: setup ## Format Rust and Python
 	cargo fmt --all
