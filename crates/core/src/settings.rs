@@ -93,6 +93,12 @@ const DEVICE: Variable = Variable {
     allowed: "auto, simulator",
     description: "simulator computes CPU tensors by the Metal kernels, executed by the simulator: slow, for tests.",
 };
+const PROBE: Variable = Variable {
+    name: "MTLFLASHATTN_PROBE",
+    default: "on",
+    allowed: "on, off",
+    description: "Whether a Metal kernel must get a small problem right before it serves for the first time.",
+};
 const CPU_ISA: Variable = Variable {
     name: "MTLFLASHATTN_CPU_ISA",
     default: "auto",
@@ -104,6 +110,7 @@ const CPU_ISA: Variable = Variable {
 pub const VARIABLES: &[Variable] = &[
     KERNEL,
     DEVICE,
+    PROBE,
     CPU_ISA,
     TORCH_CHUNK,
     V2_PREUSE,
@@ -271,6 +278,8 @@ pub struct Settings {
     pub kernel: Kernel,
     /// Whether CPU tensors go to the simulator.
     pub device: Device,
+    /// Whether a Metal kernel must get a small problem right before it serves for the first time.
+    pub probe: bool,
     /// Instruction set of the cpu tier.
     pub cpu_isa: CpuIsa,
     /// Query rows that the torch tier computes at a time; at least 1.
@@ -300,6 +309,7 @@ impl Settings {
     pub const DEFAULT: Self = Self {
         kernel: Kernel::AUTO,
         device: Device::Auto,
+        probe: true,
         cpu_isa: CpuIsa::Auto,
         torch_chunk: 2048,
         v2_preuse: Switch::Auto,
@@ -324,6 +334,7 @@ impl Settings {
         let settings = Self {
             kernel: reader.read(KERNEL, |text| Kernel::parse(text, v2_preuse)).unwrap_or(default.kernel),
             device: reader.read(DEVICE, Device::parse).unwrap_or(default.device),
+            probe: reader.read(PROBE, parse_bool).unwrap_or(default.probe),
             cpu_isa: reader.read(CPU_ISA, CpuIsa::parse).unwrap_or(default.cpu_isa),
             torch_chunk: reader.read(TORCH_CHUNK, at_least(1)).unwrap_or(default.torch_chunk),
             v2_preuse,
@@ -496,6 +507,7 @@ mod tests {
         let settings = accepted(&[
             (KERNEL.name, "V0"),
             (DEVICE.name, "Simulator"),
+            (PROBE.name, "No"),
             (CPU_ISA.name, "AVX512"),
             (TORCH_CHUNK.name, "1"),
             (V2_PREUSE.name, "True"),
@@ -511,6 +523,7 @@ mod tests {
         let expected = Settings {
             kernel: Kernel { name: "v0", tier: Some(Tier::Scalar) },
             device: Device::Simulator,
+            probe: false,
             cpu_isa: CpuIsa::Avx512,
             torch_chunk: 1,
             v2_preuse: Switch::On,
@@ -539,6 +552,7 @@ mod tests {
         for (variable, values) in [
             (KERNEL, &["v3", "tensorops_staged", "metal"][..]),
             (DEVICE, &["cpu", "mps", "1"]),
+            (PROBE, &["auto", "2"]),
             (CPU_ISA, &["sse2", "avx-512"]),
             (TORCH_CHUNK, &["0", "-1", "2.5", "1e3", "99999999999999999999"]),
             (V2_PREUSE, &["2", "maybe"]),
