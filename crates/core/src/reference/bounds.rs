@@ -29,11 +29,26 @@
 //!
 //! Products of errors are covered by a factor of 1.01.
 //!
+//! # Metal kernels
+//! [`Arithmetic::metal`] replaces three of the assumptions; the rest of the derivation stands.
+//!
+//! - `fast::exp2` is off by at most `3 + 2 |x|` units in the last place, the bound of OpenCL's relaxed mathematics that
+//!   Metal's fast mathematics shares. The exponents of a weight and of its rescalings telescope, so that the second
+//!   term grows with the distance of the score from the maximum and not with the number of rescalings.
+//! - The running maximum lags behind the true one by at most 8 (a factor of 256), and the output is rescaled only when
+//!   it catches up: a weight at distance `x` (in units of log2) is rescaled at most `1 + x / 8` times, and its exponents
+//!   sum to at most `x + 16`.
+//! - Weights are rounded to the type of v for the product with it, after they were summed. That adds the unit roundoff
+//!   times `sum p_j |v_j|` to the output and nothing to the LSE, and in float16 half the smallest number for each key,
+//!   relative to a largest weight of at least 1. Subnormal float16 numbers are assumed to be kept.
+//!
 //! # How tight
 //! Losing one of `n` keys moves an output by about `1 / n`. In float32 that is more than ten times the bound up to about
 //! a thousand visible keys of unit-variance inputs. In 16-bit types the final rounding of an output of size `1 / sqrt(n)`
 //! dominates, `2^-8 / sqrt(n)` in bfloat16, which leaves a factor of `256 / sqrt(n)`. Longer sequences should be tested
 //! with windows or skewed scores, so that some rows depend on few keys.
+
+use std::f64::consts::{LN_2, LOG2_E};
 
 use super::{Forward, ReferenceInputs, Row, Score, Softmax, forward, rows};
 use crate::{Dtype, Problem};
@@ -48,6 +63,60 @@ const FLUSH: f64 = f32::MIN_POSITIVE as f64;
 const RESCALE_KEYS: usize = 16;
 /// Covers products of errors, which are far below a hundredth of the errors themselves.
 const SECOND_ORDER: f64 = 1.01;
+
+/// How far the running maximum of a Metal kernel lags behind the true one, in units of log2.
+const LAG: f64 = 8.0;
+
+/// What a tier's arithmetic may do.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Arithmetic {
+    /// Relative error of `exp2` near 0.
+    exp2: f64,
+    /// Its growth with the magnitude of the argument.
+    exp2_growth: f64,
+    /// Type that weights are rounded to for the product with v.
+    weights: Dtype,
+    /// Whether the maximum lags, so that rescalings are counted by distance rather than by keys.
+    lags: bool,
+}
+
+impl Arithmetic {
+    /// Float32 throughout: the CPU engine.
+    pub const FLOAT32: Self = Self { exp2: ELEMENTARY, exp2_growth: 0.0, weights: Dtype::F32, lags: false };
+
+    /// A Metal kernel that rounds weights to `weights`.
+    #[must_use]
+    pub const fn metal(weights: Dtype) -> Self {
+        Self { exp2: 6.0 * UNIT, exp2_growth: 4.0 * UNIT, weights, lags: true }
+    }
+
+    /// Relative error of a weight `distance` (in units of log2) below the maximum, by `exp2` and by subtracting.
+    fn weight_error(&self, distance: f64, keys: usize) -> f64 {
+        if self.lags {
+            let exponents = distance + 2.0 * LAG;
+            self.exp2 * (2.0 + distance / LAG) + (self.exp2_growth + UNIT) * exponents
+        } else {
+            UNIT * distance * LN_2 + self.exp2 * (1 + rescalings(keys)) as f64
+        }
+    }
+
+    /// Half the smallest weight.
+    fn lost_weight(&self) -> f64 {
+        match self.weights {
+            Dtype::F16 => smallest_error(Dtype::F16),
+            Dtype::F32 | Dtype::Bf16 => 0.0,
+        }
+    }
+
+    /// Relative error of rounding a weight.
+    fn rounded_weight(&self) -> f64 {
+        if self.weights == Dtype::F32 { 0.0 } else { self.weights.unit_roundoff() }
+    }
+}
+
+fn rescalings(keys: usize) -> usize {
+    keys.div_ceil(RESCALE_KEYS) + 2
+}
 
 /// Largest allowed distances from [`Forward`], in its layouts.
 #[derive(Clone, Debug, PartialEq)]
@@ -81,20 +150,29 @@ fn worst(bounds: &[f64], exact: &[f64], got: &[f64]) -> f64 {
     bounds.iter().zip(exact).zip(got).map(ratio).fold(0.0, f64::max)
 }
 
-/// Bounds the error of every element of the output and of the LSE for these very inputs; see the
+/// Bounds the error of every element of the output and of the LSE for these very inputs in float32 arithmetic; see the
 /// [module](self) for what is assumed and why it holds.
 ///
 /// # Panics
 /// When an input does not have the size that `problem` gives it.
 #[must_use]
 pub fn error_bounds(problem: &Problem, inputs: &ReferenceInputs<'_>) -> Bounds {
+    error_bounds_of(Arithmetic::FLOAT32, problem, inputs)
+}
+
+/// The same for another arithmetic.
+///
+/// # Panics
+/// When an input does not have the size that `problem` gives it.
+#[must_use]
+pub fn error_bounds_of(arithmetic: Arithmetic, problem: &Problem, inputs: &ReferenceInputs<'_>) -> Bounds {
     let Forward { out: exact, lse } = forward(problem, inputs);
     let mut bounds = Bounds { out: vec![0.0; exact.len()], lse: vec![0.0; lse.len()] };
     for row in rows(problem, inputs) {
         let scores = row.scores(problem, inputs);
         let sink = row.sink(inputs);
         let Some(softmax) = Softmax::new(&scores, sink) else { continue };
-        let weights = Weights::new(problem, inputs, &row, &scores, sink, &softmax);
+        let weights = Weights::new(arithmetic, problem, inputs, &row, &scores, sink, &softmax);
         bounds.lse[row.lse_index(problem)] = weights.lse_bound(softmax.lse);
         let out = row.out_range(problem);
         for (column, (bound, exact)) in bounds.out[out.clone()].iter_mut().zip(&exact[out]).enumerate() {
@@ -108,6 +186,7 @@ pub fn error_bounds(problem: &Problem, inputs: &ReferenceInputs<'_>) -> Bounds {
 
 /// The weights of a row and how far off they may be.
 struct Weights {
+    arithmetic: Arithmetic,
     /// Relative error of each key's weight.
     keys: Vec<f64>,
     /// Relative error of the sink's weight.
@@ -124,6 +203,7 @@ struct Weights {
 
 impl Weights {
     fn new(
+        arithmetic: Arithmetic,
         problem: &Problem,
         inputs: &ReferenceInputs<'_>,
         row: &Row,
@@ -132,9 +212,8 @@ impl Weights {
         softmax: &Softmax,
     ) -> Self {
         let max = scores.iter().map(|score| score.value).fold(sink, f64::max);
-        let rescalings = scores.len().div_ceil(RESCALE_KEYS) + 2;
         let relative = |score: f64, error: f64| {
-            let exponent = error + UNIT * (max - score) + ELEMENTARY * (1 + rescalings) as f64;
+            let exponent = error + arithmetic.weight_error((max - score) * LOG2_E, scores.len());
             (SECOND_ORDER * exponent).exp_m1()
         };
         let keys: Vec<f64> =
@@ -142,14 +221,15 @@ impl Weights {
         let sink = if softmax.sink > 0.0 { relative(sink, 2.0 * UNIT * sink.abs()) } else { 0.0 };
         let mean = softmax.sink * sink + keys.iter().zip(&softmax.probabilities).map(|(t, p)| t * p).sum::<f64>();
         let largest = keys.iter().copied().fold(sink, f64::max);
-        Self { keys, sink, mean, largest, summation: gamma(scores.len() + rescalings + 10), max }
+        let summation = gamma(scores.len() + rescalings(scores.len()) + 10);
+        Self { arithmetic, keys, sink, mean, largest, summation, max }
     }
 
     /// Bound of the float32 value of one output element.
     fn out_bound(&self, softmax: &Softmax, values: impl Iterator<Item = f64> + Clone, exact: f64) -> f64 {
         let sink_distance = if softmax.sink > 0.0 { exact.abs() } else { 0.0 };
         let (mut moved, mut farthest) = (softmax.sink * self.sink * sink_distance, sink_distance);
-        let (mut magnitude, mut largest, mut flushed) = (0.0, 0.0f64, 0.0);
+        let (mut magnitude, mut largest, mut flushed, mut lost) = (0.0, 0.0f64, 0.0, 0.0);
         for ((value, probability), error) in values.zip(&softmax.probabilities).zip(&self.keys) {
             let distance = (value - exact).abs();
             moved += probability * error * distance;
@@ -157,6 +237,7 @@ impl Weights {
             magnitude += probability * value.abs();
             largest = largest.max(value.abs());
             flushed += FLUSH * (value.abs() + exact.abs());
+            lost += self.arithmetic.lost_weight() * value.abs();
         }
         let rest = 1.0 - self.mean;
         let (moved, magnitude) = if rest > 0.0 {
@@ -164,7 +245,8 @@ impl Weights {
         } else {
             (farthest, largest)
         };
-        SECOND_ORDER * (moved + self.summation * (magnitude + exact.abs() + moved) + flushed)
+        let rounded = self.arithmetic.rounded_weight() * magnitude + lost;
+        SECOND_ORDER * (moved + rounded + self.summation * (magnitude + exact.abs() + moved) + flushed)
     }
 
     fn lse_bound(&self, lse: f64) -> f64 {
@@ -195,13 +277,19 @@ fn score_bound(problem: &Problem, inputs: &ReferenceInputs<'_>, row: &Row, score
 
 /// Adds the error of rounding a value within `bound` of `exact` to `dtype`.
 fn round_to(dtype: Dtype, exact: f64, bound: f64) -> f64 {
-    // Half the distance of the numbers below the normal range.
-    let smallest = match dtype {
-        Dtype::F32 => return bound,
+    if dtype == Dtype::F32 {
+        return bound;
+    }
+    bound + (dtype.unit_roundoff() * (exact.abs() + bound)).max(smallest_error(dtype))
+}
+
+/// Half the distance of the numbers below the normal range.
+fn smallest_error(dtype: Dtype) -> f64 {
+    match dtype {
+        Dtype::F32 => 2f64.powi(-150),
         Dtype::F16 => 2f64.powi(-25),
         Dtype::Bf16 => 2f64.powi(-134),
-    };
-    bound + (dtype.unit_roundoff() * (exact.abs() + bound)).max(smallest)
+    }
 }
 
 fn gamma(roundings: usize) -> f64 {
