@@ -10,7 +10,7 @@ fn main() {
 
 #[cfg(target_vendor = "apple")]
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    use mtlflashattn_core::plan::MetalTile;
+    use mtlflashattn_core::plan::{MetalTile, QueryHome};
     use mtlflashattn_metal::Kernel;
     use mtlflashattn_metal::native::NativeDevice;
 
@@ -20,7 +20,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let case = attention::Case::new()?;
     println!("{}: {}", device.name(), attention::DESCRIPTION);
     println!("errors in units of their bounds, which are derived from float32 and these inputs: 1 is allowed");
-    let direct = MetalTile { simdgroups: 4, row_fragments: 1, keys: 32, staged: false, value_chunk: 64 };
+    let direct = MetalTile {
+        simdgroups: 4,
+        row_fragments: 1,
+        keys: 32,
+        staged: false,
+        value_chunk: 64,
+        query: QueryHome::Registers,
+    };
     let staged = MetalTile { staged: true, ..direct };
     let mut wrong = 0;
     for (name, kernel) in [

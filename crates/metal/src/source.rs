@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use mtlflashattn_core::plan::MetalTile;
+use mtlflashattn_core::plan::{MetalTile, QueryHome};
 use mtlflashattn_core::{BiasKind, Dtype, Lengths, Problem, Tier};
 
 /// Rows and columns of one `simdgroup_matrix`.
@@ -11,8 +11,14 @@ const FRAGMENT: usize = 8;
 pub const THREADGROUP_BYTES: usize = 32 * 1024;
 
 /// The tile of the scalar kernel: 128 rows a threadgroup, and 64 columns of v in the registers or the stack of a thread.
-const SCALAR_TILE: MetalTile =
-    MetalTile { simdgroups: 4, row_fragments: 4, keys: FRAGMENT, staged: false, value_chunk: 64 };
+const SCALAR_TILE: MetalTile = MetalTile {
+    simdgroups: 4,
+    row_fragments: 4,
+    keys: FRAGMENT,
+    staged: false,
+    value_chunk: 64,
+    query: QueryHome::Device,
+};
 
 /// Compile-time switches: a kernel contains the code of what its problem has, and nothing else.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -56,17 +62,6 @@ impl Features {
     }
 }
 
-/// Where the simdgroup kernel keeps Q while it walks over the keys.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum QueryHome {
-    /// In registers.
-    Registers,
-    /// In threadgroup memory, each lane its own elements, so that nobody waits for anybody.
-    Threadgroup,
-    /// In device memory, read again for every block of keys.
-    Device,
-}
-
 /// A kernel variant. Equal variants have equal texts, so that this is the key of every cache of pipelines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -90,14 +85,7 @@ impl Kernel {
     #[must_use]
     pub const fn scalar(problem: &Problem, lse: bool) -> Self {
         let features = Features::of(problem, lse);
-        Self {
-            tier: Tier::Scalar,
-            dtype: problem.dtype,
-            head_dim: None,
-            value_dim: None,
-            tile: SCALAR_TILE,
-            features,
-        }
+        Self { tier: Tier::Scalar, dtype: problem.dtype, head_dim: None, value_dim: None, tile: SCALAR_TILE, features }
     }
 
     /// The simdgroup kernel for `problem` with a tile that [`fits`](Self::fits).
@@ -140,7 +128,8 @@ impl Kernel {
         let Features { packed, window_left, window_right, softcap, alibi, bias, sinks, lse } = self.features;
         let bias_is = |kind| bias == Some(kind);
         let mut text = String::new();
-        let mut define = |name: &str, value: usize| writeln!(text, "#define {name} {value}").expect("writes to a string");
+        let mut define =
+            |name: &str, value: usize| writeln!(text, "#define {name} {value}").expect("writes to a string");
         for (name, on) in [
             ("PACKED", packed),
             ("WINDOW_LEFT", window_left),
@@ -166,8 +155,8 @@ impl Kernel {
             define("ROW_FRAGMENTS", self.tile.row_fragments);
             define("KEYS", self.tile.keys);
             define("STAGED", usize::from(self.tile.staged));
-            define("QUERY_IN_REGISTERS", usize::from(self.query_home() == QueryHome::Registers));
-            define("QUERY_IN_THREADGROUP", usize::from(self.query_home() == QueryHome::Threadgroup));
+            define("QUERY_IN_REGISTERS", usize::from(self.tile.query == QueryHome::Registers));
+            define("QUERY_IN_THREADGROUP", usize::from(self.tile.query == QueryHome::Threadgroup));
         }
         let scalar = match self.dtype {
             Dtype::F32 => "float",
@@ -193,7 +182,7 @@ impl Kernel {
     pub fn fragments(&self) -> (usize, usize) {
         let (Some(head_dim), Some(_)) = (self.head_dim, self.value_dim) else { return (0, 0) };
         let MetalTile { row_fragments, keys, value_chunk, .. } = self.tile;
-        let query = match self.query_home() {
+        let query = match self.tile.query {
             QueryHome::Registers => row_fragments * head_dim.div_ceil(FRAGMENT),
             _ => row_fragments,
         };
@@ -201,30 +190,12 @@ impl Kernel {
         (out + row_fragments * keys / FRAGMENT, query + 1)
     }
 
-    /// Where Q lives: as near as the registers and the threadgroup memory allow.
-    #[must_use]
-    pub fn query_home(&self) -> QueryHome {
-        let (Some(head_dim), Some(_)) = (self.head_dim, self.value_dim) else { return QueryHome::Device };
-        let MetalTile { simdgroups, row_fragments, keys, value_chunk, .. } = self.tile;
-        let fragments = row_fragments * head_dim.div_ceil(FRAGMENT);
-        let halves_each = self.dtype.size();
-        let accumulators = row_fragments * (value_chunk.div_ceil(FRAGMENT) + keys / FRAGMENT);
-        let halves = 4 * accumulators + halves_each * (fragments + 1) + OTHER_HALVES;
-        if halves <= MAX_HALVES {
-            return QueryHome::Registers;
-        }
-        let bytes = simdgroups * fragments * FRAGMENT * FRAGMENT * self.dtype.size() + self.staged_bytes();
-        if bytes <= THREADGROUP_BYTES { QueryHome::Threadgroup } else { QueryHome::Device }
-    }
-
     /// Static threadgroup memory in bytes.
     #[must_use]
     pub fn threadgroup_bytes(&self) -> usize {
         let Some(head_dim) = self.head_dim else { return 0 };
-        let parked = match self.query_home() {
-            QueryHome::Threadgroup => {
-                self.tile.rows() * head_dim.next_multiple_of(FRAGMENT) * self.dtype.size()
-            }
+        let parked = match self.tile.query {
+            QueryHome::Threadgroup => self.tile.rows() * head_dim.next_multiple_of(FRAGMENT) * self.dtype.size(),
             _ => 0,
         };
         parked + self.staged_bytes()
@@ -254,8 +225,3 @@ impl Kernel {
             && self.threadgroup_bytes() <= THREADGROUP_BYTES
     }
 }
-
-/// Halves that a kernel needs besides fragments: pointers, the softmax state, temporaries.
-const OTHER_HALVES: usize = 40;
-/// Halves of a thread of an M1-class GPU, less what the scheduler of the compiler wants free.
-const MAX_HALVES: usize = 248;

@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::fmt;
 
 use super::gpu::Gpu;
-use super::occupancy::{CLASSES, KernelShape, MOST_HALVES, Occupancy, THREADGROUP_MEMORY};
+use super::occupancy::{KernelShape, MOST_HALVES, Occupancy, THREADGROUP_MEMORY};
 use crate::{Lengths, Problem};
 
 /// Rows and columns of one `simdgroup_matrix`, the unit of every size of a [`MetalTile`].
@@ -13,8 +13,8 @@ pub const FRAGMENT: usize = 8;
 /// The tile of the simdgroup kernel: what one threadgroup computes, and what its registers hold.
 ///
 /// A threadgroup has `simdgroups` simdgroups of 32 threads. Each simdgroup owns `row_fragments` times 8 query rows and
-/// walks over blocks of `keys` keys. Its registers hold Q (all of `head_dim`, in the input type), S and P of one block
-/// (`keys` columns) and O (`value_chunk` columns, float32) with the running maximum and sum of its rows.
+/// walks over blocks of `keys` keys. Its registers hold S and P of one block (`keys` columns) and O (`value_chunk`
+/// columns, float32) with the running maximum and sum of its rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct MetalTile {
     /// Simdgroups of a threadgroup; each has rows of its own.
@@ -29,6 +29,34 @@ pub struct MetalTile {
     /// Columns of V and O that one pass over the keys computes; a multiple of 8. Where it is less than `value_dim`
     /// there are [`passes`](Self::passes), independent of one another, and each computes S anew.
     pub value_chunk: usize,
+    /// Where Q lives.
+    pub query: QueryHome,
+}
+
+/// Where a simdgroup keeps its rows of Q while it walks over the keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum QueryHome {
+    /// In registers.
+    Registers,
+    /// In threadgroup memory, each lane its own elements, so that nobody waits for anybody.
+    Threadgroup,
+    /// In device memory, read again for every block of keys.
+    Device,
+}
+
+impl QueryHome {
+    /// Nearest first.
+    const ALL: [Self; 3] = [Self::Registers, Self::Threadgroup, Self::Device];
+
+    /// Name for people and programs.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Registers => "registers",
+            Self::Threadgroup => "threadgroup",
+            Self::Device => "device",
+        }
+    }
 }
 
 impl MetalTile {
@@ -59,11 +87,12 @@ impl MetalTile {
 
 impl fmt::Display for MetalTile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { simdgroups, row_fragments, keys, staged, value_chunk } = self;
-        let source = if *staged { "staged" } else { "direct" };
+        let Self { simdgroups, row_fragments, keys, staged, value_chunk, query } = self;
+        let (source, query) = (if *staged { "staged" } else { "direct" }, query.name());
         write!(
             f,
-            "{simdgroups} simdgroups of {row_fragments}x8 rows, {keys} keys, {source}, {value_chunk} value columns"
+            "{simdgroups} simdgroups of {row_fragments}x8 rows, {keys} keys ({source}), {value_chunk} value columns, \
+             q in {query}"
         )
     }
 }
@@ -103,6 +132,17 @@ impl fmt::Display for Refusal {
 }
 
 impl MetalTile {
+    /// This tile with Q as near as it can be without a spill, or more threadgroup memory than there is.
+    #[must_use]
+    pub fn with_nearest_query(self, shape: &KernelShape) -> Self {
+        let at = |query| Self { query, ..self };
+        let fits = |tile: &Self| {
+            let occupancy = Occupancy::predict(tile, shape);
+            !occupancy.is_near_spill() && occupancy.threadgroup_bytes <= THREADGROUP_MEMORY
+        };
+        QueryHome::ALL.into_iter().map(at).find(fits).unwrap_or(at(QueryHome::Device))
+    }
+
     /// What the model says about the kernel of this tile and `shape`.
     ///
     /// # Errors
@@ -121,20 +161,28 @@ impl MetalTile {
         Ok(occupancy)
     }
 
-    /// Bytes of K and V that move for one query row and one key, times 1024: from device memory, and to and from
-    /// threadgroup memory. Rows beyond `query_len` do not count.
+    /// Bytes that move for one query row and one key, times 1024: K and V, and Q where it is not in registers, which is
+    /// then read for each fragment of keys.
+    /// Rows beyond `query_len` do not count.
     #[must_use]
     pub fn traffic(&self, shape: &KernelShape, query_len: usize) -> Traffic {
-        let value_columns = shape.value_dim.next_multiple_of(FRAGMENT);
-        let columns = self.passes(shape.value_dim) * shape.head_dim.next_multiple_of(FRAGMENT) + value_columns;
-        let bytes = 1024 * columns * shape.dtype.size();
+        let size = shape.dtype.size();
+        let query_columns = self.passes(shape.value_dim) * shape.head_dim.next_multiple_of(FRAGMENT);
+        let bytes = 1024 * size * (query_columns + shape.value_dim.next_multiple_of(FRAGMENT));
         let by_simdgroup = bytes / self.simdgroup_rows().min(query_len.max(1));
-        if self.staged {
-            let by_threadgroup = bytes / self.rows().min(query_len.max(1));
+        let by_threadgroup = bytes / self.rows().min(query_len.max(1));
+        let mut traffic = if self.staged {
             Traffic { device: by_threadgroup, threadgroup: by_threadgroup + by_simdgroup }
         } else {
             Traffic { device: by_simdgroup, threadgroup: 0 }
+        };
+        let query_bytes = 1024 * size * query_columns / FRAGMENT;
+        match self.query {
+            QueryHome::Registers => {}
+            QueryHome::Threadgroup => traffic.threadgroup += query_bytes,
+            QueryHome::Device => traffic.device += query_bytes,
         }
+        traffic
     }
 
     /// Threadgroups that the rows of `problem` make, not counting passes.
@@ -200,7 +248,7 @@ struct Score {
     narrow: bool,
     /// Too few threads to hide loads, or a staged threadgroup alone on its core while it waits at barriers.
     exposed: bool,
-    /// Bytes of K and V moved for a row and key, weighed.
+    /// Bytes moved for a row and key, weighed.
     traffic: usize,
     /// Wider blocks pay less often for reductions and barriers.
     keys: Reverse<usize>,
@@ -220,7 +268,14 @@ fn candidates(shape: &KernelShape, most_keys: usize) -> impl Iterator<Item = Met
                 SIMDGROUPS.into_iter().flat_map(move |simdgroups| {
                     // One simdgroup has nobody to share a staged block with.
                     let staged = if simdgroups == 1 { &[false][..] } else { &[false, true] };
-                    staged.iter().map(move |&staged| MetalTile { simdgroups, row_fragments, keys, staged, value_chunk })
+                    staged.iter().map(move |&staged| MetalTile {
+                        simdgroups,
+                        row_fragments,
+                        keys,
+                        staged,
+                        value_chunk,
+                        query: QueryHome::Registers,
+                    })
                 })
             })
         })
@@ -240,7 +295,7 @@ fn score(tile: &MetalTile, shape: &KernelShape, occupancy: &Occupancy, problem: 
     let alone = tile.staged && occupancy.threadgroups < 2;
     let traffic = tile.traffic(shape, query_len);
     Score {
-        near_spill: occupancy.halves > CLASSES[CLASSES.len() - 2].0,
+        near_spill: occupancy.is_near_spill(),
         work: 8 * products / ((query + value) * fragments(query_len)),
         idle: 4 - 4 * tile.threadgroups(problem).min(wanted) / wanted,
         narrow: tile.keys == FRAGMENT,
@@ -260,6 +315,7 @@ pub(super) fn choose(problem: &Problem, gpu: &Gpu) -> Result<MetalTile, Refusal>
     let mut best: Option<(Score, MetalTile)> = None;
     let mut least = Refusal::Spills { halves: usize::MAX };
     for tile in candidates(&shape, Preference::of(gpu).most_keys) {
+        let tile = tile.with_nearest_query(&shape);
         match tile.occupancy(&shape) {
             Ok(occupancy) => {
                 let score = score(&tile, &shape, &occupancy, problem, gpu);

@@ -12,7 +12,7 @@ use crate::{Error, Problem, Result, Settings, Tier, settings};
 
 pub use cpu::{CpuPath, CpuTile};
 pub use gpu::{Chip, Gpu, Missing, Size, Version};
-pub use metal::{FRAGMENT, MetalTile, Refusal, Traffic};
+pub use metal::{FRAGMENT, MetalTile, QueryHome, Refusal, Traffic};
 pub use reason::{Demotions, Reason};
 
 /// Where the tensors live, with what the planner needs to know about it.

@@ -5,7 +5,7 @@
 //! [`Occupancy::must_spill`] predicts are certain, and nothing is said about time. From the M3 on registers are
 //! allocated while the kernel runs, which the model does not describe; there it only ranks.
 
-use super::metal::{FRAGMENT, MetalTile};
+use super::metal::{FRAGMENT, MetalTile, QueryHome};
 use crate::{Dtype, Problem};
 
 /// 16-bit registers that an instruction can address.
@@ -40,6 +40,8 @@ const BASE_HALVES: usize = 30;
 const ADDRESS_HALVES: usize = 22;
 /// Running maximum and sum of one row fragment: a float each, for the row that a lane has a part of.
 const STATE_HALVES: usize = 4;
+/// Fragments of K that are loaded ahead where Q is not in registers: that loop is unrolled so many times only.
+const UNROLLED: usize = 4;
 
 /// What a kernel variant does beside the two products.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -55,10 +57,14 @@ pub struct Features {
 }
 
 impl Features {
-    /// Registers that stay occupied during the loop: bounds, factors, a slope, a 64-bit address with its stride. An
-    /// estimate from the types involved; no such kernel was compiled.
-    const fn halves(self) -> usize {
-        4 * self.masked as usize + 4 * self.softcap as usize + 2 * self.alibi as usize + 8 * self.bias as usize
+    /// Registers that stay occupied during the loop: bounds; factors; a slope and a position for each row; a 64-bit
+    /// address for each row, and a stride. An estimate from the types involved: no such kernel was compiled.
+    const fn halves(self, row_fragments: usize) -> usize {
+        let Self { masked, softcap, alibi, bias } = self;
+        4 * masked as usize
+            + 4 * softcap as usize
+            + 4 * row_fragments * alibi as usize
+            + (4 * row_fragments + 4) * bias as usize
     }
 }
 
@@ -135,6 +141,12 @@ impl Occupancy {
     pub const fn must_spill(&self) -> bool {
         self.halves > MOST_HALVES
     }
+
+    /// Whether the kernel is in the last class of registers: within the model's error of a spill.
+    #[must_use]
+    pub const fn is_near_spill(&self) -> bool {
+        self.halves > CLASSES[CLASSES.len() - 2].0
+    }
 }
 
 /// Threads of a core when each has `halves` 16-bit registers; 0 when no thread can.
@@ -148,20 +160,22 @@ fn predict_halves(tile: &MetalTile, shape: &KernelShape) -> usize {
     let [query, keys, value] = [shape.head_dim, tile.keys, tile.value_chunk].map(|size| size.div_ceil(FRAGMENT));
     // A P of the width of S takes its place; a narrower one stands beside it while it is filled.
     let probabilities = if operand < ACCUMULATOR_HALVES { operand } else { 0 };
-    let row = query * operand + value * ACCUMULATOR_HALVES + keys * (ACCUMULATOR_HALVES + probabilities) + STATE_HALVES;
+    let (resident, unrolled) =
+        if tile.query == QueryHome::Registers { (query, query) } else { (1, query.min(UNROLLED)) };
+    let row =
+        resident * operand + value * ACCUMULATOR_HALVES + keys * (ACCUMULATOR_HALVES + probabilities) + STATE_HALVES;
     // Unrolled loads of K run ahead of the products: seen as a growth with keys times head_dim.
-    let ahead = keys * query * operand / 8;
-    BASE_HALVES + ADDRESS_HALVES + tile.row_fragments * row + ahead + shape.features.halves()
+    let ahead = keys * unrolled * operand / 8;
+    BASE_HALVES + ADDRESS_HALVES + tile.row_fragments * row + ahead + shape.features.halves(tile.row_fragments)
 }
 
-/// Threadgroup memory of a tile: a block of K and one of V.
-#[must_use]
-pub fn threadgroup_bytes(tile: &MetalTile, shape: &KernelShape) -> usize {
-    if !tile.staged {
-        return 0;
-    }
-    let row = |columns: usize| columns.next_multiple_of(FRAGMENT) * shape.dtype.size() + ROW_PADDING;
-    (tile.keys * (row(shape.head_dim) + row(tile.value_chunk))).next_multiple_of(THREADGROUP_UNIT)
+/// Threadgroup memory: a block of K and one of V if they are staged, and Q if it lives there.
+fn threadgroup_bytes(tile: &MetalTile, shape: &KernelShape) -> usize {
+    let row = |columns: usize| columns.next_multiple_of(FRAGMENT) * shape.dtype.size();
+    let staged =
+        if tile.staged { tile.keys * (row(shape.head_dim) + row(tile.value_chunk) + 2 * ROW_PADDING) } else { 0 };
+    let query = if tile.query == QueryHome::Threadgroup { tile.rows() * row(shape.head_dim) } else { 0 };
+    (staged + query).next_multiple_of(THREADGROUP_UNIT)
 }
 
 #[cfg(test)]
@@ -174,11 +188,16 @@ mod tests {
         CLASSES.iter().position(|&(_, class)| class == threads).unwrap()
     }
 
+    /// The compiled kernels: float16, K and V staged, Q in registers, 4 simdgroups.
     fn predict(head_dim: usize, row_fragments: usize, keys: usize) -> Occupancy {
-        let tile = MetalTile { simdgroups: 4, row_fragments, keys, staged: true, value_chunk: head_dim };
+        let query = QueryHome::Registers;
+        let tile = MetalTile { simdgroups: 4, row_fragments, keys, staged: true, value_chunk: head_dim, query };
+        Occupancy::predict(&tile, &half_shape(head_dim))
+    }
+
+    fn half_shape(head_dim: usize) -> KernelShape {
         let features = Features::default();
-        let shape = KernelShape { dtype: Dtype::F16, has_bfloat: false, head_dim, value_dim: head_dim, features };
-        Occupancy::predict(&tile, &shape)
+        KernelShape { dtype: Dtype::F16, has_bfloat: false, head_dim, value_dim: head_dim, features }
     }
 
     /// Kernels compiled by Mesa's compiler: head_dim, row fragments, keys, and the range of threads that variants of the
@@ -231,18 +250,21 @@ mod tests {
         assert_eq!(predict(64, 1, 32).threadgroup_bytes, 9216);
         // 8 * 2 * (72 * 2 + 16) = 2,560: head_dim 65 takes nine fragments.
         assert_eq!(predict(65, 1, 8).threadgroup_bytes, 8 * (144 + 16) * 2);
-        let shape = KernelShape {
-            dtype: Dtype::F32,
-            has_bfloat: false,
-            head_dim: 64,
-            value_dim: 64,
-            features: Features::default(),
+        let direct = MetalTile {
+            simdgroups: 4,
+            row_fragments: 1,
+            keys: 32,
+            staged: false,
+            value_chunk: 64,
+            query: QueryHome::Registers,
         };
-        let direct = MetalTile { simdgroups: 4, row_fragments: 1, keys: 32, staged: false, value_chunk: 64 };
-        assert_eq!(threadgroup_bytes(&direct, &shape), 0);
-        // Four whole threadgroups of 128 threads fit in 512 to 639 threads.
-        let occupancy = Occupancy::predict(&direct, &shape);
+        let occupancy = Occupancy::predict(&direct, &half_shape(64));
+        assert_eq!(occupancy.threadgroup_bytes, 0);
+        // Whole threadgroups of 128 threads.
         assert_eq!(occupancy.threadgroups, occupancy.threads / 128);
+        // 32 rows of 100 halfs, in whole fragments: 6,656 bytes.
+        let parked = MetalTile { query: QueryHome::Threadgroup, ..direct };
+        assert_eq!(Occupancy::predict(&parked, &half_shape(100)).threadgroup_bytes, 32 * 104 * 2);
     }
 
     proptest! {
@@ -254,16 +276,17 @@ mod tests {
             keys in 1..20usize,
             dtype in prop_oneof![Just(Dtype::F16), Just(Dtype::Bf16), Just(Dtype::F32)],
             has_bfloat: bool,
+            query in prop_oneof![Just(QueryHome::Registers), Just(QueryHome::Threadgroup), Just(QueryHome::Device)],
         ) {
             let halves = |head_dim, value_chunk, row_fragments, keys, features| {
-                let tile = MetalTile { simdgroups: 4, row_fragments, keys: 8 * keys, staged: false, value_chunk };
+                let tile = MetalTile { simdgroups: 4, row_fragments, keys: 8 * keys, staged: false, value_chunk, query };
                 let shape = KernelShape { dtype, has_bfloat, head_dim, value_dim: value_chunk, features };
                 Occupancy::predict(&tile, &shape).halves
             };
             let none = Features::default();
             let all = Features { masked: true, softcap: true, alibi: true, bias: true };
             let least = halves(head_dim, value_chunk, row_fragments, keys, none);
-            prop_assert!(halves(head_dim + 8, value_chunk, row_fragments, keys, none) > least);
+            prop_assert!(halves(head_dim + 8, value_chunk, row_fragments, keys, none) >= least);
             prop_assert!(halves(head_dim, value_chunk + 8, row_fragments, keys, none) > least);
             prop_assert!(halves(head_dim, value_chunk, row_fragments + 1, keys, none) > least);
             prop_assert!(halves(head_dim, value_chunk, row_fragments, keys + 1, none) > least);

@@ -127,3 +127,29 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn show() {
+    for (name, cores) in [("m1", 8), ("m3-max", 40)] {
+        let gpu = Gpu { chip: Chip::from_name(name), cores, ..M1 };
+        for dtype in [Dtype::F16, Dtype::Bf16, Dtype::F32] {
+            for dim in [32, 40, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 512, 576, 1024, 2048] {
+                let meta = |shape| TensorMeta { dtype, shape, strides: &[0, 0, 0, 1] };
+                let (q, k) = ([1, 8192, 16, dim], [1, 8192, 4, dim]);
+                let options = Options { causal: true, window: (-1, -1), ..Options::default() };
+                let problem = Problem::dense(meta(&q), meta(&k), meta(&k), &options).unwrap();
+                match metal::choose(&problem, &gpu) {
+                    Ok(tile) => {
+                        let shape = occupancy::KernelShape::of(&problem, gpu.has_bfloat());
+                        let o = tile.occupancy(&shape).unwrap();
+                        println!(
+                            "{name} {dtype} {dim}: {tile} | {} {} {}B {}",
+                            o.halves, o.threads, o.threadgroup_bytes, o.threadgroups
+                        );
+                    }
+                    Err(r) => println!("{name} {dtype} {dim}: {r}"),
+                }
+            }
+        }
+    }
+}
