@@ -10,4 +10,4 @@ mod source;
 
 pub use device::{Argument, Device, DeviceError, Grid};
 pub use launch::{Launch, LaunchError, LseStrides, MAX_LEN, Outputs, TENSOR_COUNT, Tensors};
-pub use source::{Features, Kernel, THREADGROUP_BYTES};
+pub use source::{Features, Kernel};

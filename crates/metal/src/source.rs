@@ -2,13 +2,10 @@
 
 use std::fmt::Write as _;
 
-use mtlflashattn_core::plan::{MetalTile, QueryHome};
+use mtlflashattn_core::plan::occupancy::THREADGROUP_MEMORY;
+use mtlflashattn_core::plan::{FRAGMENT, MetalTile, QueryHome};
+use mtlflashattn_core::reference::bounds::Arithmetic;
 use mtlflashattn_core::{BiasKind, Dtype, Lengths, Problem, Tier};
-
-/// Rows and columns of one `simdgroup_matrix`.
-const FRAGMENT: usize = 8;
-/// Threadgroup memory that every Apple GPU has.
-pub const THREADGROUP_BYTES: usize = 32 * 1024;
 
 /// The tile of the scalar kernel: 128 rows a threadgroup, and 64 columns of v in the registers or the stack of a thread.
 const SCALAR_TILE: MetalTile = MetalTile {
@@ -176,18 +173,13 @@ impl Kernel {
         }
     }
 
-    /// Fragments of a lane that live through the loop over the keys at its fullest: `(float32, input type)`. A float32
-    /// fragment takes 4 halves of a register file of 256, one of a 16-bit type 2.
+    /// The arithmetic that bounds the errors of the kernel.
     #[must_use]
-    pub fn fragments(&self) -> (usize, usize) {
-        let (Some(head_dim), Some(_)) = (self.head_dim, self.value_dim) else { return (0, 0) };
-        let MetalTile { row_fragments, keys, value_chunk, .. } = self.tile;
-        let query = match self.tile.query {
-            QueryHome::Registers => row_fragments * head_dim.div_ceil(FRAGMENT),
-            _ => row_fragments,
-        };
-        let out = row_fragments * value_chunk.div_ceil(FRAGMENT);
-        (out + row_fragments * keys / FRAGMENT, query + 1)
+    pub const fn arithmetic(&self) -> Arithmetic {
+        match self.tier {
+            Tier::Simdgroup => Arithmetic::metal(self.dtype),
+            _ => Arithmetic::metal(Dtype::F32),
+        }
     }
 
     /// Static threadgroup memory in bytes.
@@ -222,6 +214,6 @@ impl Kernel {
             && keys.is_multiple_of(FRAGMENT)
             && value_chunk >= 1
             && value_chunk.is_multiple_of(FRAGMENT)
-            && self.threadgroup_bytes() <= THREADGROUP_BYTES
+            && self.threadgroup_bytes() <= THREADGROUP_MEMORY
     }
 }
