@@ -10,43 +10,39 @@ fn main() {
 
 #[cfg(target_vendor = "apple")]
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    use mtlflashattn_core::plan::{MetalTile, QueryHome};
+    use mtlflashattn_core::plan::{Demotions, Device, Planner};
+    use mtlflashattn_core::{Settings, Tier};
     use mtlflashattn_metal::Kernel;
     use mtlflashattn_metal::native::NativeDevice;
 
     let Some(device) = NativeDevice::system_default() else {
         return Err("Metal offers no GPU to this process".into());
     };
-    let case = attention::Case::new()?;
-    println!("{}: {}", device.name(), attention::DESCRIPTION);
-    println!("errors in units of their bounds, which are derived from float32 and these inputs: 1 is allowed");
-    let direct = MetalTile {
-        simdgroups: 4,
-        row_fragments: 1,
-        keys: 32,
-        staged: false,
-        value_chunk: 64,
-        query: QueryHome::Registers,
-    };
-    let staged = MetalTile { staged: true, ..direct };
-    let mut wrong = 0;
-    for (name, kernel) in [
-        ("scalar", Kernel::scalar(case.problem(), true)),
-        ("simdgroup, direct", Kernel::simdgroup(case.problem(), direct, true)),
-        ("simdgroup, staged", Kernel::simdgroup(case.problem(), staged, true)),
-    ] {
-        match case.worst_errors(&device, &kernel) {
-            Ok((out, lse)) => {
-                println!("{name:18} out {out:.3}  lse {lse:.3}");
-                wrong += usize::from(out > 1.0 || lse > 1.0);
-            }
-            Err(error) => {
-                println!("{name:18} {error}");
-                wrong += 1;
+    let gpu = device.gpu();
+    let (settings, demotions) = (Settings::default(), Demotions::default());
+    let planner = Planner { device: Device::Metal(gpu), settings: &settings, demotions: &demotions };
+    println!("{}, macOS {}: {}", device.name(), gpu.macos, attention::DESCRIPTION);
+    println!("errors are in units of their bounds, which are derived from float32 and these inputs: 1 is allowed");
+    let mut failed = 0;
+    for head_dim in [40, 64, 128] {
+        let case = attention::Case::new(head_dim)?;
+        let tile = planner.plan(case.problem())?.metal.ok_or("the planner chose no simdgroup tile")?;
+        for kernel in [Kernel::scalar(case.problem(), true), Kernel::simdgroup(case.problem(), tile, true)] {
+            let tile = if kernel.tier == Tier::Simdgroup { format!(", {tile}") } else { String::new() };
+            print!("head dimension {head_dim}, {}{tile}: ", kernel.tier);
+            match case.worst_errors(&device, &kernel) {
+                Ok((out, lse)) => {
+                    println!("out {out:.3}, lse {lse:.3}");
+                    failed += u32::from(out > 1.0 || lse > 1.0);
+                }
+                Err(error) => {
+                    println!("{error}");
+                    failed += 1;
+                }
             }
         }
     }
-    if wrong == 0 { Ok(()) } else { Err(format!("{wrong} of 3 kernels failed").into()) }
+    if failed == 0 { Ok(()) } else { Err(format!("{failed} of 6 kernels failed").into()) }
 }
 
 /// One problem, its data, and what must come out.
@@ -54,19 +50,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 mod attention {
     use std::error::Error;
 
-    use mtlflashattn_core::reference::bounds::{Bounds, error_bounds};
+    use mtlflashattn_core::reference::bounds::{Arithmetic, Bounds, error_bounds_of};
     use mtlflashattn_core::reference::{Forward, ReferenceInputs, forward};
-    use mtlflashattn_core::{Dtype, Options, Problem, Strides, TensorMeta};
+    use mtlflashattn_core::{Dtype, Options, Problem, TensorMeta};
     use mtlflashattn_metal::native::{Buffer, NativeDevice};
-    use mtlflashattn_metal::{Device, Kernel, Launch, LseStrides, Outputs, Tensors};
+    use mtlflashattn_metal::{Device, DeviceError, Kernel, Launch, LseStrides, Outputs, Tensors};
 
-    pub const DESCRIPTION: &str = "batch 2, 77 queries, 141 keys, 4 heads over 2 key heads, head dimension 64, causal";
+    pub const DESCRIPTION: &str = "batch 2, 77 queries, 141 keys, 4 heads over 2 key heads, float32, causal";
     const BATCH: usize = 2;
     const QUERY_LEN: usize = 77;
     const KEY_LEN: usize = 141;
     const QUERY_HEADS: usize = 4;
     const KEY_HEADS: usize = 2;
-    const HEAD_DIM: usize = 64;
 
     pub struct Case {
         problem: Problem,
@@ -78,9 +73,9 @@ mod attention {
     }
 
     impl Case {
-        pub fn new() -> Result<Self, Box<dyn Error>> {
-            let (q_shape, q_strides) = layout(QUERY_LEN, QUERY_HEADS);
-            let (k_shape, k_strides) = layout(KEY_LEN, KEY_HEADS);
+        pub fn new(head_dim: usize) -> Result<Self, Box<dyn Error>> {
+            let (q_shape, q_strides) = layout(QUERY_LEN, QUERY_HEADS, head_dim);
+            let (k_shape, k_strides) = layout(KEY_LEN, KEY_HEADS, head_dim);
             let q = TensorMeta { dtype: Dtype::F32, shape: &q_shape, strides: &q_strides };
             let k = TensorMeta { dtype: Dtype::F32, shape: &k_shape, strides: &k_strides };
             let options = Options { causal: true, window: (-1, -1), ..Options::default() };
@@ -93,7 +88,8 @@ mod attention {
             let (q, k, v) = (values(q_shape), values(k_shape), values(k_shape));
             let [q64, k64, v64] = [&q, &k, &v].map(|values| values.iter().copied().map(f64::from).collect::<Vec<_>>());
             let inputs = ReferenceInputs { q: &q64, k: &k64, v: &v64, ..ReferenceInputs::default() };
-            let (exact, bounds) = (forward(&problem, &inputs), error_bounds(&problem, &inputs));
+            let exact = forward(&problem, &inputs);
+            let bounds = error_bounds_of(Arithmetic::metal(Dtype::F32), &problem, &inputs);
             Ok(Self { problem, q, k, v, exact, bounds })
         }
 
@@ -119,9 +115,9 @@ mod attention {
                 bias: None,
                 sinks: None,
             };
-            let [batch, row, head, _] = layout(QUERY_LEN, QUERY_HEADS).1;
-            let strides =
-                Outputs { out: Strides { batch, row, head }, lse: Some(LseStrides::contiguous(&self.problem)) };
+            // The output has the shape of q.
+            let lse_strides = LseStrides::contiguous(&self.problem);
+            let strides = Outputs { out: self.problem.q, lse: Some(lse_strides) };
             let launch = Launch::new(&self.problem, kernel, &strides)?;
             let pipeline = device.pipeline(&kernel.source(), kernel.entry())?;
             device.dispatch(&pipeline, &launch.arguments(&tensors), launch.grid)?;
@@ -131,8 +127,8 @@ mod attention {
     }
 
     /// Shape and strides of a contiguous `[batch, len, heads, head_dim]`.
-    fn layout(len: usize, heads: usize) -> ([i64; 4], [i64; 4]) {
-        let shape = [BATCH, len, heads, HEAD_DIM].map(|size| size as i64);
+    fn layout(len: usize, heads: usize, head_dim: usize) -> ([i64; 4], [i64; 4]) {
+        let shape = [BATCH, len, heads, head_dim].map(|size| size as i64);
         (shape, [shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1])
     }
 
@@ -147,7 +143,7 @@ mod attention {
         })
     }
 
-    fn read(buffer: &Buffer) -> Result<Vec<f64>, mtlflashattn_metal::DeviceError> {
+    fn read(buffer: &Buffer) -> Result<Vec<f64>, DeviceError> {
         let mut values = vec![0.0_f32; buffer.len() / size_of::<f32>()];
         buffer.read_into(&mut values)?;
         Ok(values.into_iter().map(f64::from).collect())

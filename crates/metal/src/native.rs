@@ -19,6 +19,7 @@ use std::ffi::c_void;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use mtlflashattn_core::plan::{Chip, Gpu};
 use objc2::rc::{Retained, autoreleasepool};
 use objc2::runtime::ProtocolObject;
 use objc2_metal::{
@@ -63,6 +64,13 @@ impl NativeDevice {
     /// The GPU's name, such as "Apple M1".
     pub fn name(&self) -> String {
         autoreleasepool(|_| self.device.name().to_string())
+    }
+
+    /// What the planner needs to know. Metal does not tell the number of cores: it is that of the chip's largest
+    /// configuration.
+    pub fn gpu(&self) -> Gpu {
+        let chip = Chip::from_name(&self.name());
+        autoreleasepool(|_| Gpu { chip, cores: chip.most_cores(), macos: compiler::macos(), torch: None })
     }
 
     /// Waits until everything dispatched so far has run.

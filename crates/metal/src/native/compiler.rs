@@ -1,9 +1,10 @@
 //! From text to pipeline, with the options of `torch.mps.compile_shader`.
 
+use mtlflashattn_core::plan::Version;
 use objc2::rc::Retained;
 use objc2::runtime::{NSObjectProtocol, ProtocolObject};
-use objc2::{available, sel};
-use objc2_foundation::{NSError, NSString};
+use objc2::sel;
+use objc2_foundation::{NSError, NSProcessInfo, NSString};
 use objc2_metal::{
     MTLCompileOptions, MTLComputePipelineState, MTLDevice, MTLFunction, MTLFunctionType, MTLLanguageVersion,
     MTLLibrary, MTLMathFloatingPointFunctions, MTLMathMode,
@@ -88,17 +89,30 @@ fn compile_options() -> Retained<MTLCompileOptions> {
     options
 }
 
-/// What torch chooses from 2.11 on: 4.0 on macOS 26, 3.2 on macOS 15, else 3.1.
+/// What torch chooses from 2.11 on.
 fn language_version() -> MTLLanguageVersion {
-    // macOS 26 calls itself 16 in programs that were linked with an older SDK (dotnet/runtime issue 116503); there is
-    // no macOS 16 to 25 and no iOS 19 to 25.
-    if available!(macos = 16.0, ios = 19.0, tvos = 19.0, visionos = 3.0, ..) {
+    let macos = macos();
+    if macos >= Version::new(26, 0) {
         MTLLanguageVersion::Version4_0
-    } else if available!(macos = 15.0, ios = 18.0, tvos = 18.0, visionos = 2.0, ..) {
+    } else if macos >= Version::new(15, 0) {
         MTLLanguageVersion::Version3_2
     } else {
         MTLLanguageVersion::Version3_1
     }
+}
+
+/// The version of macOS. Other Apple systems count as the macOS of their year.
+pub(super) fn macos() -> Version {
+    let version = NSProcessInfo::processInfo().operatingSystemVersion();
+    let part = |number| u16::try_from(number).unwrap_or(0);
+    let major = match (std::env::consts::OS, part(version.majorVersion)) {
+        // In programs that were linked with an older SDK (dotnet/runtime issue 116503).
+        ("macos", 16) => 26,
+        ("macos", major) | (_, major @ 26..) => major,
+        ("visionos", major) => major + 13,
+        (_, major) => major.saturating_sub(3),
+    };
+    Version::new(major, part(version.minorVersion))
 }
 
 /// The compiler's log or the driver's words.
