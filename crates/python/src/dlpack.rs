@@ -13,6 +13,8 @@ const MAJOR_VERSION: u32 = 1;
 
 /// `kDLCPU`.
 pub const DEVICE_CPU: i32 = 1;
+/// `kDLMetal`, which torch uses for its `mps` device since 2.9.
+pub const DEVICE_METAL: i32 = 8;
 
 /// `kDLInt`, `kDLFloat`, `kDLBfloat`, `kDLBool` of `DLDataTypeCode`.
 pub mod code {

@@ -11,9 +11,10 @@ use pyo3::types::PyDict;
 use crate::call::{Described, Numbers, Slot, Tensors, describe};
 use crate::error::{Error, Result};
 use crate::form::{Form, Packing};
-use crate::tensor::View;
+use crate::metal::{Fault, MetalDevice, Operand, Operands};
+use crate::tensor::{Place, View};
 use crate::torch::Torch;
-use crate::{settings, trace};
+use crate::{metal, settings, trace};
 
 /// Below this a call takes about 20 microseconds: handing over the GIL and waking threads would dominate.
 const SMALL_FLOPS: f64 = 5e5;
@@ -70,7 +71,7 @@ fn make_readable(torch: &Torch, objects: &mut Tensors<Bound<'_, PyAny>>, views: 
         } else {
             continue;
         };
-        let view = if view.on_cpu { read_plain(torch, &copy)? } else { View::describe(&copy)? };
+        let view = if view.place == Place::Cpu { read_plain(torch, &copy)? } else { View::describe(&copy)? };
         views.set(slot, view.ok_or_else(|| unreadable(slot.name()))?);
         objects.set(slot, copy);
     }
@@ -94,10 +95,14 @@ pub fn execute<'py>(
 ) -> Result<Bound<'py, PyAny>> {
     make_readable(torch, &mut objects, views)?;
     let described = describe(form, numbers, &objects, views)?;
+    let settings = settings::current(py)?;
+    if let Some(place) = settings.metal_device(views.q().place) {
+        let call = Call { torch, form, numbers, objects: &objects, views, described: &described, want_lse };
+        return execute_on_metal(py, &call, place, &settings.values);
+    }
     let problem = &described.problem;
     let offsets = Offsets::read(torch, form, &objects, views, problem)?;
-    let on_cpu = views.q().on_cpu;
-    let settings = settings::current(py)?;
+    let on_cpu = views.q().place == Place::Cpu;
     let isa = settings.isa()?;
     let small = problem.flops() < SMALL_FLOPS;
     let threads = if small || !on_cpu { 1 } else { torch.num_threads(py)? };
@@ -113,6 +118,85 @@ pub fn execute<'py>(
     }
     trace::record(py, &settings.values, problem, plan.tier)?;
     Ok(results.into_python(py)?)
+}
+
+/// One call whose arguments are checked.
+struct Call<'a, 'py> {
+    torch: &'a Torch,
+    form: Form,
+    numbers: &'a Numbers,
+    objects: &'a Tensors<Bound<'py, PyAny>>,
+    views: &'a Tensors<View>,
+    described: &'a Described,
+    want_lse: bool,
+}
+
+/// Serves a call by the best Metal tier that works on `device`, or by torch operations where none does.
+fn execute_on_metal<'py>(
+    py: Python<'py>,
+    call: &Call<'_, 'py>,
+    device: MetalDevice,
+    settings: &Settings,
+) -> Result<Bound<'py, PyAny>> {
+    let Call { torch, form, numbers, objects, views, described, want_lse } = *call;
+    let problem = &described.problem;
+    let results = allocate(torch, form, objects, described, want_lse)?;
+    let mut operands = None;
+    let mut demotions = Demotions::default();
+    let mut failed: Option<(Tier, Fault)> = None;
+    let tier = loop {
+        let plan = Planner { device: Device::Metal(device.gpu(py)?), settings, demotions: &demotions }.plan(problem)?;
+        if let Some((tier, fault)) = failed.take() {
+            metal::warn(py, problem, tier, fault.reason(), plan.tier)?;
+        }
+        let Some(kernel) = metal::kernel_of(&plan, problem, want_lse) else {
+            let offsets = Offsets::read(torch, form, objects, views, problem)?;
+            run_torch(py, form, numbers, objects, &offsets, problem, settings, &results)?;
+            break plan.tier;
+        };
+        let operands = match &mut operands {
+            Some(operands) => operands,
+            none => none.insert(self::operands(call, &results)?),
+        };
+        match device.attend(py, problem, &kernel, operands, settings.probe) {
+            Ok(()) => break plan.tier,
+            Err(Fault::Raised(error)) => return Err(error),
+            Err(fault) => {
+                demotions.demote(plan.tier, fault.reason());
+                failed = Some((plan.tier, fault));
+            }
+        }
+    };
+    trace::record(py, settings, problem, tier)?;
+    Ok(results.into_python(py)?)
+}
+
+/// The tensors of a call as Metal kernels take them.
+fn operands<'py>(call: &Call<'_, 'py>, results: &Results<'py>) -> Result<Operands<'py>> {
+    let Call { form, objects, views, described, .. } = *call;
+    let [q, k, v] = form.unpack(objects)?;
+    let operand = |slot| {
+        let (object, view) = (objects.get(slot)?.clone(), *views.get(slot)?);
+        Some(Operand { object, view })
+    };
+    if form.varlen {
+        // Kernels walk over sequences: rows in none of them are nobody's.
+        results.out.call_method0("zero_")?;
+        if let Some((lse, _)) = &results.lse {
+            lse.call_method1("fill_", (f64::INFINITY,))?;
+        }
+    }
+    Ok(Operands {
+        q: Operand { object: q, view: described.q },
+        k: Operand { object: k, view: described.k },
+        v: Operand { object: v, view: described.v },
+        out: Operand { object: results.out.clone(), view: results.out_view },
+        lse: results.lse.as_ref().map(|(object, view)| Operand { object: object.clone(), view: *view }),
+        offsets: operand(Slot::CuSeqlensQ).zip(operand(Slot::CuSeqlensK)),
+        alibi_slopes: operand(Slot::AlibiSlopes),
+        bias: operand(Slot::Bias),
+        sinks: operand(Slot::Sinks),
+    })
 }
 
 /// `cu_seqlens_*` of a packed call: copied, so that no other thread can change them after the check.
@@ -143,7 +227,7 @@ impl Offsets {
 
 fn read_offsets(torch: &Torch, object: Option<&Bound<'_, PyAny>>, view: Option<&View>) -> Result<Vec<i32>> {
     let (Some(object), Some(view)) = (object, view) else { return Ok(Vec::new()) };
-    if !view.on_cpu {
+    if view.place != Place::Cpu {
         let here = object.call_method0(intern!(object.py(), "cpu"))?;
         let view = read_plain(torch, &here)?.ok_or_else(|| unreadable("cu_seqlens"))?;
         return read_offsets(torch, Some(&here), Some(&view));

@@ -1,4 +1,4 @@
-//! The functions behind every attention call: the direct lane for plain CPU tensors, the operator for the rest.
+//! The functions behind every attention call: the direct lane for plain CPU and MPS tensors, the operator for the rest.
 
 use mtlflashattn_core as core;
 use pyo3::intern;
@@ -12,7 +12,7 @@ use crate::error::{Error, Result, guard};
 use crate::execute::{execute, read_plain, unreadable};
 use crate::form::Form;
 use crate::operator;
-use crate::tensor::View;
+use crate::tensor::{Place, View};
 use crate::torch::Torch;
 
 /// Attention as the public functions ask for it. `packing` counts the tensors that came as one: 1 is q, k, v; 2 is q, kv;
@@ -70,8 +70,8 @@ pub fn forward<'py>(
     })
 }
 
-/// Reads the tensors if they are plain CPU tensors and nothing wants to see the call (torch.compile is asked earlier,
-/// in Python); false sends the call to the operator.
+/// Reads the tensors if they are plain tensors of one place that some engine reads directly, and nothing wants to see the
+/// call (torch.compile is asked earlier, in Python); false sends the call to the operator.
 fn read_direct(
     py: Python<'_>,
     torch: &Torch,
@@ -81,10 +81,11 @@ fn read_direct(
     if !tensors.present().all(|(_, tensor)| torch.is_plain(tensor)) || torch.is_watched(py)? {
         return Ok(false);
     }
+    let mut first = None;
     for (slot, tensor) in tensors.present() {
         match read_plain(torch, tensor)? {
-            Some(view) => views.set(slot, view),
-            None => return Ok(false),
+            Some(view) if *first.get_or_insert(view.place) == view.place => views.set(slot, view),
+            _ => return Ok(false),
         }
     }
     Ok(true)
@@ -143,10 +144,10 @@ pub fn execute_operator<'py>(py: Python<'py>, arguments: &Bound<'py, PyTuple>) -
     guard(|| {
         let torch = Torch::get(py)?;
         let (form, numbers, tensors) = operator::from_python(arguments)?;
-        let on_cpu = tensors.q().getattr(intern!(py, "is_cpu"))?.is_truthy()?;
+        let place = Place::of(tensors.q())?;
         let mut views = Tensors::none();
         for (slot, tensor) in tensors.present() {
-            let view = if on_cpu { read_plain(torch, tensor)? } else { View::describe(tensor)? };
+            let view = if place == Place::Cpu { read_plain(torch, tensor)? } else { View::describe(tensor)? };
             views.set(slot, view.ok_or_else(|| unreadable(slot.name()))?);
         }
         execute(py, torch, form, &numbers, tensors, &mut views, true)

@@ -9,10 +9,16 @@ mod error;
 mod execute;
 mod form;
 mod forward;
+mod gpu;
+mod kernels;
 mod machine;
+mod metal;
+mod mps;
 mod operator;
 mod plan;
+mod probe;
 mod settings;
+mod simulated;
 mod tensor;
 mod torch;
 mod trace;
@@ -29,7 +35,11 @@ mod _native {
     #[pymodule_export]
     use super::machine::{fma_peak, instruction_sets, read_bandwidth};
     #[pymodule_export]
+    use super::metal::_forget_kernels;
+    #[pymodule_export]
     use super::plan::{Plan, plan};
+    #[pymodule_export]
+    use super::settings::_pretend_mps;
     #[pymodule_export]
     use super::trace::{TraceBlock, TraceEntry};
 }

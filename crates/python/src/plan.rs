@@ -1,16 +1,15 @@
 //! `plan()`: which tier would serve a call, and why not the others.
 
 use mtlflashattn_core::{self as core, Demotions, Device, Planner};
-use pyo3::intern;
 use pyo3::prelude::*;
 
 use crate::call::{Numbers, Tensors, describe};
 use crate::error::{Error, guard};
 use crate::execute::cpu_device;
 use crate::form::Form;
-use crate::settings;
-use crate::tensor::View;
+use crate::tensor::{Place, View};
 use crate::torch::Torch;
+use crate::{metal, settings};
 
 /// Which tier serves a call.
 #[pyclass(frozen, module = "metal_flash_attn", get_all, eq)]
@@ -73,13 +72,25 @@ pub fn plan<'py>(
             views.set(slot, if slot.has_rows() { view.with_contiguous_rows() } else { view });
         }
         let problem = describe(form, &numbers, &tensors, &views)?.problem;
-        let on_cpu = tensors.q().getattr(intern!(py, "is_cpu"))?.is_truthy()?;
+        let place = Place::of(tensors.q())?;
         let settings = settings::current(py)?;
         let isa = settings.isa()?;
-        let device = if on_cpu { cpu_device(isa, torch.num_threads(py)?) } else { Device::Torch };
-        let planner = Planner { device, settings: &settings.values, demotions: Demotions::NONE };
-        let plan = planner.plan(&problem)?;
-        let passed_over = planner.passed_over(&problem, &plan);
+        let metal = settings.metal_device(place);
+        let device = match (metal, place) {
+            (Some(metal), _) => Device::Metal(metal.gpu(py)?),
+            (None, Place::Cpu) => cpu_device(isa, torch.num_threads(py)?),
+            (None, _) => Device::Torch,
+        };
+        let mut demotions = Demotions::default();
+        let (plan, passed_over) = loop {
+            let planner = Planner { device, settings: &settings.values, demotions: &demotions };
+            let plan = planner.plan(&problem)?;
+            let Some(reason) = metal.and_then(|metal| metal::refusal(metal, &plan, &problem)) else {
+                let passed_over = planner.passed_over(&problem, &plan);
+                break (plan, passed_over);
+            };
+            demotions.demote(plan.tier, &*reason);
+        };
         Ok(Plan {
             tier: plan.tier.name(),
             isa: plan.cpu.is_some().then(|| isa.name()),

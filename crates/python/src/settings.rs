@@ -1,29 +1,48 @@
 //! The settings of this process.
 
 use std::ffi::CString;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use mtlflashattn_core::{self as core, Settings};
+use mtlflashattn_core::{self as core, Settings, settings};
 use mtlflashattn_cpu::Isa;
-use pyo3::exceptions::PyRuntimeWarning;
+use pyo3::exceptions::{PyRuntimeError, PyRuntimeWarning};
 use pyo3::prelude::*;
 
 use crate::environment::Environment;
 use crate::error::{Error, Result};
+use crate::metal::MetalDevice;
+use crate::tensor::Place;
 
 /// Settings, and what follows from them.
 pub struct Resolved {
     pub values: Settings,
     isa: Option<Isa>,
+    /// What computes CPU tensors in the place of the cpu tier.
+    stand_in: Option<MetalDevice>,
 }
 
 impl Resolved {
     fn new(values: Settings) -> Self {
+        let stand_in = if PRETENDING.load(Ordering::Relaxed) {
+            Some(MetalDevice::Mps)
+        } else {
+            (values.device == settings::Device::Simulator).then_some(MetalDevice::Simulator)
+        };
         let isa = match Isa::from_name(values.cpu_isa.name()) {
             Some(isa) => isa.is_available().then_some(isa),
             None => Some(Isa::best()),
         };
-        Self { values, isa }
+        Self { values, isa, stand_in }
+    }
+
+    /// The device whose kernels compute tensors of `place`, if there is one.
+    pub const fn metal_device(&self, place: Place) -> Option<MetalDevice> {
+        match place {
+            Place::Cpu => self.stand_in,
+            Place::Mps => Some(MetalDevice::Mps),
+            Place::Other => None,
+        }
     }
 
     /// Instruction set of the cpu tier.
@@ -37,6 +56,21 @@ impl Resolved {
             })
         })
     }
+}
+
+/// Whether CPU tensors are handed to torch's MPS stream, which must be a stand-in then.
+static PRETENDING: AtomicBool = AtomicBool::new(false);
+
+/// Lets CPU tensors take the way of MPS tensors, or ends that: for tests on machines without MPS, where a stand-in takes
+/// the place of torch's compiled half.
+#[pyfunction]
+pub fn _pretend_mps(py: Python<'_>, on: bool) -> PyResult<()> {
+    if on && py.import("torch")?.getattr("backends")?.getattr("mps")?.call_method0("is_available")?.is_truthy()? {
+        return Err(PyRuntimeError::new_err("a real MPS device would read the memory of CPU tensors wrongly"));
+    }
+    PRETENDING.store(on, Ordering::Relaxed);
+    *CACHED.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    Ok(())
 }
 
 /// The environment that the settings were parsed from, and the settings.

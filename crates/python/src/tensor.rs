@@ -55,13 +55,42 @@ impl Element {
     }
 }
 
+/// Where a tensor lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    Cpu,
+    /// An Apple GPU, as torch's `mps` device.
+    Mps,
+    Other,
+}
+
+impl Place {
+    const fn of_dlpack(device_type: i32) -> Self {
+        match device_type {
+            dlpack::DEVICE_CPU => Self::Cpu,
+            dlpack::DEVICE_METAL => Self::Mps,
+            _ => Self::Other,
+        }
+    }
+
+    /// Where `tensor` lives, by its attributes.
+    pub fn of(tensor: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let py = tensor.py();
+        if tensor.getattr(intern!(py, "is_cpu"))?.is_truthy()? {
+            return Ok(Self::Cpu);
+        }
+        let is_mps = tensor.getattr(intern!(py, "is_mps"))?.is_truthy()?;
+        Ok(if is_mps { Self::Mps } else { Self::Other })
+    }
+}
+
 /// A tensor at the time of the call. Sizes 0 and 1 have stride 0 (whatever torch says there is never used),
 #[derive(Clone, Copy, Debug)]
 pub struct View {
     /// First element; null when the memory is not CPU memory or was not asked for.
     pub data: *mut u8,
     pub element: Element,
-    pub on_cpu: bool,
+    pub place: Place,
     rank: usize,
     shape: [i64; MAX_DIMS],
     strides: [i64; MAX_DIMS],
@@ -125,8 +154,8 @@ impl View {
         part
     }
 
-    fn new(data: *mut u8, element: Element, on_cpu: bool, sizes: impl Iterator<Item = (i64, i64)>) -> Option<Self> {
-        let mut view = Self { data, element, on_cpu, rank: 0, shape: [0; MAX_DIMS], strides: [0; MAX_DIMS] };
+    fn new(data: *mut u8, element: Element, place: Place, sizes: impl Iterator<Item = (i64, i64)>) -> Option<Self> {
+        let mut view = Self { data, element, place, rank: 0, shape: [0; MAX_DIMS], strides: [0; MAX_DIMS] };
         for (size, stride) in sizes {
             *view.shape.get_mut(view.rank)? = size;
             view.strides[view.rank] = if size > 1 { stride } else { 0 };
@@ -144,28 +173,40 @@ impl View {
         // SAFETY: shape and strides hold `ndim` entries each, and no Python code has run since they were handed over.
         let sizes = (0..rank).map(|axis| unsafe { (*tensor.shape.add(axis), *tensor.strides.add(axis)) });
         let data = tensor.data.cast::<u8>().wrapping_add(tensor.byte_offset as usize);
-        let on_cpu = tensor.device_type == dlpack::DEVICE_CPU;
-        Self::new(data, Element::of_dlpack(tensor.dtype), on_cpu, sizes)
+        Self::new(data, Element::of_dlpack(tensor.dtype), Place::of_dlpack(tensor.device_type), sizes)
     }
 
-    /// Reads a CPU tensor through the exchange function; `None` where that needs a closer look: another device, no
+    /// Reads a tensor through the exchange function; `None` where that needs a closer look: neither CPU nor MPS, no
     /// memory behind it (functorch wrappers, freed storage).
     ///
     /// # Safety
     /// `tensor` must be an instance of the type that `exchange` was found on.
     pub unsafe fn read_exchange(exchange: Exchange, tensor: &Bound<'_, PyAny>) -> Option<Self> {
         // SAFETY: the caller's contract.
-        let view = Self::of_dlpack(unsafe { exchange.read(tensor) }.as_ref()?)?;
-        (view.on_cpu && (!view.data.is_null() || view.is_empty())).then_some(view)
+        Self::of_dlpack(unsafe { exchange.read(tensor) }.as_ref()?)?.with_memory()
     }
 
-    /// Reads a CPU tensor through its attributes, with the same `None` as [`Self::read_exchange`].
+    /// Reads a tensor through its attributes, with the same `None` as [`Self::read_exchange`].
     pub fn read_attributes(tensor: &Bound<'_, PyAny>) -> Option<Self> {
         // What has no strides or no memory raises; the slow path knows what to say about it.
         let mut view = Self::describe(tensor).ok()??;
         let address: usize = tensor.call_method0(intern!(tensor.py(), "data_ptr")).ok()?.extract().ok()?;
         view.data = std::ptr::with_exposed_provenance_mut(address);
-        (view.on_cpu && (address != 0 || view.is_empty())).then_some(view)
+        view.with_memory()
+    }
+
+    /// The view, if it is one of memory that some engine reads directly.
+    fn with_memory(mut self) -> Option<Self> {
+        let has_memory = !self.data.is_null() || self.is_empty();
+        match self.place {
+            Place::Cpu => has_memory.then_some(self),
+            Place::Mps => {
+                // What torch calls the pointer of a view on MPS is an object's address plus an offset: it points nowhere.
+                self.data = std::ptr::null_mut();
+                has_memory.then_some(self)
+            }
+            Place::Other => None,
+        }
     }
 
     /// Everything but the pointer, for tensors of any device; `None` when a size is symbolic or there are too many.
@@ -174,7 +215,7 @@ impl View {
         let shape = tensor.getattr(intern!(py, "shape"))?.cast_into::<PyTuple>()?;
         let strides = tensor.call_method0(intern!(py, "stride"))?.cast_into::<PyTuple>()?;
         let element = Element::of_name(&tensor.getattr(intern!(py, "dtype"))?.str()?.to_string_lossy());
-        let on_cpu = tensor.getattr(intern!(py, "is_cpu"))?.is_truthy()?;
+        let place = Place::of(tensor)?;
         let mut sizes = Vec::with_capacity(shape.len());
         for (size, stride) in shape.iter().zip(strides.iter()) {
             // Converting a SymInt would make torch.compile specialise on it.
@@ -183,6 +224,6 @@ impl View {
             };
             sizes.push((size.extract()?, stride.extract()?));
         }
-        Ok(Self::new(std::ptr::null_mut(), element, on_cpu, sizes.into_iter()))
+        Ok(Self::new(std::ptr::null_mut(), element, place, sizes.into_iter()))
     }
 }

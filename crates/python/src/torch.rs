@@ -3,7 +3,7 @@
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{IntoPyDict, PyTuple, PyType};
+use pyo3::types::{IntoPyDict, PyDict, PyList, PyTuple, PyType};
 
 use crate::dlpack::Exchange;
 
@@ -106,5 +106,29 @@ impl Torch {
         let arguments = (PyTuple::new(py, shape)?,);
         let keywords = [(intern!(py, "dtype"), self.float32.bind(py))].into_py_dict(py)?;
         like.call_method(intern!(py, "new_empty"), arguments, Some(&keywords))
+    }
+
+    /// A tensor of `values` in `dtype` and `shape` on the device of `like`, whatever the default device is.
+    pub fn tensor<'py>(
+        like: &Bound<'py, PyAny>,
+        values: &[f64],
+        dtype: &str,
+        shape: &[usize],
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let py = like.py();
+        let torch = py.import("torch")?;
+        let keywords = PyDict::new(py);
+        keywords.set_item("dtype", torch.getattr(dtype)?)?;
+        keywords.set_item("device", "cpu")?;
+        let flat = torch.call_method("tensor", (PyList::new(py, values)?,), Some(&keywords))?;
+        flat.call_method1("view", (PyTuple::new(py, shape)?,))?.call_method1("to", (like.getattr("device")?,))
+    }
+
+    /// The elements of a tensor of any device.
+    pub fn to_f64s(tensor: &Bound<'_, PyAny>) -> PyResult<Vec<f64>> {
+        let float64 = tensor.py().import("torch")?.getattr("float64")?;
+        // In this order: an Apple GPU has no float64.
+        let here = tensor.call_method1("to", ("cpu",))?.call_method1("to", (float64,))?;
+        here.call_method0("flatten")?.call_method0("tolist")?.extract()
     }
 }
