@@ -50,7 +50,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 mod attention {
     use std::error::Error;
 
-    use mtlflashattn_core::reference::bounds::{Arithmetic, Bounds, error_bounds_of};
+    use mtlflashattn_core::reference::bounds::error_bounds_of;
     use mtlflashattn_core::reference::{Forward, ReferenceInputs, forward};
     use mtlflashattn_core::{Dtype, Options, Problem, TensorMeta};
     use mtlflashattn_metal::native::{Buffer, NativeDevice};
@@ -68,8 +68,6 @@ mod attention {
         q: Vec<f32>,
         k: Vec<f32>,
         v: Vec<f32>,
-        exact: Forward,
-        bounds: Bounds,
     }
 
     impl Case {
@@ -85,12 +83,7 @@ mod attention {
             let mut values = |shape: [i64; 4]| -> Vec<f32> {
                 random.by_ref().take(shape.iter().product::<i64>() as usize).collect()
             };
-            let (q, k, v) = (values(q_shape), values(k_shape), values(k_shape));
-            let [q64, k64, v64] = [&q, &k, &v].map(|values| values.iter().copied().map(f64::from).collect::<Vec<_>>());
-            let inputs = ReferenceInputs { q: &q64, k: &k64, v: &v64, ..ReferenceInputs::default() };
-            let exact = forward(&problem, &inputs);
-            let bounds = error_bounds_of(Arithmetic::metal(Dtype::F32), &problem, &inputs);
-            Ok(Self { problem, q, k, v, exact, bounds })
+            Ok(Self { problem, q: values(q_shape), k: values(k_shape), v: values(k_shape) })
         }
 
         pub fn problem(&self) -> &Problem {
@@ -99,11 +92,16 @@ mod attention {
 
         /// Runs the kernel, and returns its largest errors in out and in the LSE, in units of their bounds.
         pub fn worst_errors(&self, device: &NativeDevice, kernel: &Kernel) -> Result<(f64, f64), Box<dyn Error>> {
+            let [q, k, v] = [&self.q, &self.k, &self.v].map(|values| wide(values));
+            let inputs = ReferenceInputs { q: &q, k: &k, v: &v, ..ReferenceInputs::default() };
+            let exact = forward(&self.problem, &inputs);
+            let bounds = error_bounds_of(kernel.arithmetic(), &self.problem, &inputs);
+
             // What no kernel writes must not look right.
             let unwritten = |length| Buffer::from_slice(device, &vec![f32::NAN; length]);
             let [q, k, v] = [&self.q, &self.k, &self.v].map(|values| Buffer::from_slice(device, values));
             let (q, k, v) = (q?, k?, v?);
-            let (out, lse) = (unwritten(self.exact.out.len())?, unwritten(self.exact.lse.len())?);
+            let (out, lse) = (unwritten(exact.out.len())?, unwritten(exact.lse.len())?);
             let tensors = Tensors {
                 q: &q,
                 k: &k,
@@ -122,7 +120,7 @@ mod attention {
             let pipeline = device.pipeline(&kernel.source(), kernel.entry())?;
             device.dispatch(&pipeline, &launch.arguments(&tensors), launch.grid)?;
             let got = Forward { out: read(&out)?, lse: read(&lse)? };
-            Ok(self.bounds.worst(&self.exact, &got))
+            Ok(bounds.worst(&exact, &got))
         }
     }
 
@@ -146,6 +144,10 @@ mod attention {
     fn read(buffer: &Buffer) -> Result<Vec<f64>, DeviceError> {
         let mut values = vec![0.0_f32; buffer.len() / size_of::<f32>()];
         buffer.read_into(&mut values)?;
-        Ok(values.into_iter().map(f64::from).collect())
+        Ok(wide(&values))
+    }
+
+    fn wide(values: &[f32]) -> Vec<f64> {
+        values.iter().copied().map(f64::from).collect()
     }
 }
