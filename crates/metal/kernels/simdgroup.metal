@@ -11,8 +11,9 @@
 // The lane map of a fragment, the same for both operands and the result: with quad = lane / 4, a lane holds the two
 // elements (row, column) and (row, column + 1), row = (quad & 4) + lane / 2 % 4, column = (quad & 2) * 2 + lane % 2 * 2.
 // A row lies in four lanes that differ in bits 0 and 3. S is therefore an operand of P V as it lies, but for its type,
-// and fragments are loaded lane by lane, which costs what simdgroup_load costs and takes any row address: rows past the
-// end of a sequence are read as its last row, and hidden by the mask.
+// and fragments are loaded lane by lane, which takes any row address: rows past the end of a sequence are read as its last
+// row, and hidden by the mask. It also leaves open which dimension a row or column of a fragment stands for, as long as
+// Q and K, or V and O, agree: see dimension().
 // Barriers, only if STAGED: one after a block was written, before anyone reads it; one after it was read, before the next
 // is written. Both are reached by all simdgroups the same number of times.
 
@@ -69,6 +70,14 @@ struct Rows {
 #endif
 };
 
+// The dimension that row or column `position` of a fragment stands for. Four fragments deal theirs out in turn, so that
+// what one lane reads for them lies side by side: one load of 4 elements of K, or 8 of V, instead of 4.
+constexpr int dimension(int fragment, int fragments, int position) {
+    const int first = fragment / 4 * 4;
+    const int together = fragments - first < 4 ? fragments - first : 4;
+    return first * 8 + position * together + fragment - first;
+}
+
 // Element i of a row of q or k; 0 behind the head dimension.
 template <typename Pointer>
 scalar head_element(Pointer row, int i) {
@@ -105,8 +114,10 @@ Operand query_fragment(int r, int d, Lane lane, thread const Rows& rows) {
     query.thread_elements()[0] = elements[0];
     query.thread_elements()[1] = elements[1];
 #else
-    query.thread_elements()[0] = head_element(rows.values[r], 8 * d + lane.column) * rows.sign;
-    query.thread_elements()[1] = head_element(rows.values[r], 8 * d + lane.column + 1) * rows.sign;
+    const int first = dimension(d, HEAD_FRAGMENTS, lane.column);
+    const int second = dimension(d, HEAD_FRAGMENTS, lane.column + 1);
+    query.thread_elements()[0] = head_element(rows.values[r], first) * rows.sign;
+    query.thread_elements()[1] = head_element(rows.values[r], second) * rows.sign;
 #endif
     return query;
 #endif
@@ -132,8 +143,9 @@ void add_block(Block block, int columns, Lane lane, Place place, constant Sizes&
 #endif
         for (int d = 0; d < HEAD_FRAGMENTS; ++d) {
             Operand key;  // transposed: a lane holds one dimension of two keys
-            key.thread_elements()[0] = head_element(even, 8 * d + lane.row);
-            key.thread_elements()[1] = head_element(odd, 8 * d + lane.row);
+            const int i = dimension(d, HEAD_FRAGMENTS, lane.row);
+            key.thread_elements()[0] = head_element(even, i);
+            key.thread_elements()[1] = head_element(odd, i);
 #pragma clang loop unroll(full)
             for (int r = 0; r < ROW_FRAGMENTS; ++r) {
                 simdgroup_multiply_accumulate(scores[r][f], query_fragment(r, d, lane, rows), key, scores[r][f]);
@@ -211,8 +223,10 @@ void add_block(Block block, int columns, Lane lane, Place place, constant Sizes&
 #pragma clang loop unroll(full)
         for (int v = 0; v < VALUE_FRAGMENTS; ++v) {
             Operand value;
-            value.thread_elements()[0] = value_element(value_row, 8 * v + lane.column, columns);
-            value.thread_elements()[1] = value_element(value_row, 8 * v + lane.column + 1, columns);
+            const int first = dimension(v, VALUE_FRAGMENTS, lane.column);
+            const int second = dimension(v, VALUE_FRAGMENTS, lane.column + 1);
+            value.thread_elements()[0] = value_element(value_row, first, columns);
+            value.thread_elements()[1] = value_element(value_row, second, columns);
 #pragma clang loop unroll(full)
             for (int r = 0; r < ROW_FRAGMENTS; ++r) {
                 simdgroup_multiply_accumulate(rows.out[r][v], weights[r][f], value, rows.out[r][v]);
@@ -318,14 +332,16 @@ kernel void attention_simdgroup(
 #if QUERY_IN_REGISTERS
 #pragma clang loop unroll(full)
         for (int d = 0; d < HEAD_FRAGMENTS; ++d) {
-            rows.values[r][d].thread_elements()[0] = head_element(row, 8 * d + lane.column) * sign;
-            rows.values[r][d].thread_elements()[1] = head_element(row, 8 * d + lane.column + 1) * sign;
+            const int first = dimension(d, HEAD_FRAGMENTS, lane.column);
+            const int second = dimension(d, HEAD_FRAGMENTS, lane.column + 1);
+            rows.values[r][d].thread_elements()[0] = head_element(row, first) * sign;
+            rows.values[r][d].thread_elements()[1] = head_element(row, second) * sign;
         }
 #elif QUERY_IN_THREADGROUP
         for (int d = 0; d < HEAD_FRAGMENTS; ++d) {
             threadgroup scalar* elements = parked + (r * HEAD_FRAGMENTS + d) * 64 + lane.index * 2;
-            elements[0] = head_element(row, 8 * d + lane.column) * sign;
-            elements[1] = head_element(row, 8 * d + lane.column + 1) * sign;
+            elements[0] = head_element(row, dimension(d, HEAD_FRAGMENTS, lane.column)) * sign;
+            elements[1] = head_element(row, dimension(d, HEAD_FRAGMENTS, lane.column + 1)) * sign;
         }
 #else
         rows.values[r] = row;
@@ -421,7 +437,7 @@ kernel void attention_simdgroup(
             for (int v = 0; v < VALUE_FRAGMENTS; ++v) {
 #pragma clang loop unroll(full)
                 for (int e = 0; e < 2; ++e) {
-                    const int column = 8 * v + lane.column + e;
+                    const int column = dimension(v, VALUE_FRAGMENTS, lane.column + e);
                     if (VALUE_DIM % VALUE_CHUNK == 0 || column < columns) {
                         row[column] = scalar(rows.out[r][v].thread_elements()[e] * normalizer);
                     }
