@@ -22,8 +22,7 @@ use mtlflashattn_core::{Alignment, Problem, Strides};
 
 use crate::{Argument, Grid, Kernel};
 
-/// Longest sequence that a kernel takes, so that sums of two lengths and a window bound are an int32.
-pub const MAX_LEN: usize = 1 << 29;
+pub use mtlflashattn_core::plan::MAX_LEN;
 
 /// Where the results go, in elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -7,13 +7,15 @@ pub mod occupancy;
 mod reason;
 #[cfg(test)]
 mod tests;
+mod tile;
 
 use crate::{Error, Problem, Result, Settings, Tier, settings};
 
 pub use cpu::{CpuPath, CpuTile};
 pub use gpu::{Chip, Gpu, Missing, Size, Version};
-pub use metal::{FRAGMENT, MetalTile, QueryHome, Refusal, Traffic};
+pub use metal::{Explanation, MAX_LEN, explain};
 pub use reason::{Demotions, Reason};
+pub use tile::{FRAGMENT, MetalTile, QueryHome, Refusal, Traffic};
 
 /// Where the tensors live, with what the planner needs to know about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,6 +110,10 @@ impl Planner<'_> {
         }
         if let Some(failure) = self.demotions.failure(plan.tier) {
             return Err(Reason::Demoted(failure.to_owned()));
+        }
+        let longest = problem.lengths.max_query_len().max(problem.lengths.max_key_len());
+        if longest > MAX_LEN {
+            return Err(Reason::TooLong(longest));
         }
         match plan.tier {
             Tier::Tensorops | Tier::TensoropsStaged => {

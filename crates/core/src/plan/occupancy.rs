@@ -5,7 +5,7 @@
 //! [`Occupancy::must_spill`] predicts are certain, and nothing is said about time. From the M3 on registers are
 //! allocated while the kernel runs, which the model does not describe; there it only ranks.
 
-use super::metal::{FRAGMENT, MetalTile, QueryHome};
+use super::tile::{FRAGMENT, MetalTile, QueryHome};
 use crate::{Dtype, Problem};
 
 /// 16-bit registers that an instruction can address.
@@ -45,6 +45,7 @@ const UNROLLED: usize = 4;
 
 /// What a kernel variant does beside the two products.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[allow(clippy::struct_excessive_bools, reason = "features are on or off")]
 pub struct Features {
     /// Causal or windowed.
     pub masked: bool,
@@ -101,10 +102,9 @@ impl KernelShape {
     #[must_use]
     pub const fn operand_halves(&self) -> usize {
         match self.dtype {
-            Dtype::F32 => 4,
             Dtype::F16 => 2,
             Dtype::Bf16 if self.has_bfloat => 2,
-            Dtype::Bf16 => 4,
+            Dtype::Bf16 | Dtype::F32 => ACCUMULATOR_HALVES,
         }
     }
 }
@@ -200,7 +200,7 @@ mod tests {
         KernelShape { dtype: Dtype::F16, has_bfloat: false, head_dim, value_dim: head_dim, features }
     }
 
-    /// Kernels compiled by Mesa's compiler: head_dim, row fragments, keys, and the range of threads that variants of the
+    /// Kernels compiled by Mesa's compiler: head dimension, row fragments, keys, and the range of threads that variants of the
     /// kernel reached.
     const COMPILED: [(usize, usize, usize, [usize; 2]); 9] = [
         (64, 1, 32, [704, 832]),

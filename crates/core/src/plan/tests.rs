@@ -22,7 +22,7 @@ fn forced(kernel: &str) -> Settings {
     Settings::parse(|name| (name == "MTLFLASHATTN_KERNEL").then(|| kernel.to_owned())).0
 }
 
-fn planner<'a>(device: Device, settings: &'a Settings) -> Planner<'a> {
+fn planner(device: Device, settings: &Settings) -> Planner<'_> {
     Planner { device, settings, demotions: Demotions::NONE }
 }
 
@@ -128,28 +128,214 @@ proptest! {
     }
 }
 
+/// The tile for `[batch, query_len, query_heads, dim]` and `[key_len, key_heads]` on a GPU.
+fn tile_of(gpu: &str, dtype: Dtype, sizes: [i64; 4], keys: [i64; 2]) -> (MetalTile, Explanation) {
+    let chip = Chip::from_name(gpu);
+    let gpu = Gpu { chip, cores: chip.most_cores(), ..M1 };
+    let problem = Problem { dtype, ..problem(sizes, keys, false) };
+    let tile = metal::choose(&problem, &gpu).unwrap();
+    (tile, explain(&problem, &gpu, &tile).unwrap())
+}
+
+fn long_tile(gpu: &str, dtype: Dtype, dim: i64) -> MetalTile {
+    tile_of(gpu, dtype, [1, 8192, 16, dim], [8192, 16]).0
+}
+
 #[test]
-fn show() {
-    for (name, cores) in [("m1", 8), ("m3-max", 40)] {
-        let gpu = Gpu { chip: Chip::from_name(name), cores, ..M1 };
-        for dtype in [Dtype::F16, Dtype::Bf16, Dtype::F32] {
-            for dim in [32, 40, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 512, 576, 1024, 2048] {
-                let meta = |shape| TensorMeta { dtype, shape, strides: &[0, 0, 0, 1] };
-                let (q, k) = ([1, 8192, 16, dim], [1, 8192, 4, dim]);
-                let options = Options { causal: true, window: (-1, -1), ..Options::default() };
-                let problem = Problem::dense(meta(&q), meta(&k), meta(&k), &options).unwrap();
-                match metal::choose(&problem, &gpu) {
-                    Ok(tile) => {
-                        let shape = occupancy::KernelShape::of(&problem, gpu.has_bfloat());
-                        let o = tile.occupancy(&shape).unwrap();
-                        println!(
-                            "{name} {dtype} {dim}: {tile} | {} {} {}B {}",
-                            o.halves, o.threads, o.threadgroup_bytes, o.threadgroups
-                        );
-                    }
-                    Err(r) => println!("{name} {dtype} {dim}: {r}"),
-                }
-            }
+fn defaults_are_those_of_published_kernels() {
+    let tile = |simdgroups, row_fragments, keys, staged, value_chunk| MetalTile {
+        simdgroups,
+        row_fragments,
+        keys,
+        staged,
+        value_chunk,
+        query: QueryHome::Registers,
+    };
+    for chip in ["m1", "m2-ultra", "Apple Paravirtual device"] {
+        assert_eq!(long_tile(chip, Dtype::F16, 64), tile(8, 1, 32, true, 64), "{chip}");
+        assert_eq!(long_tile(chip, Dtype::F16, 96), tile(8, 1, 32, true, 96), "{chip}");
+        assert_eq!(long_tile(chip, Dtype::F16, 128), tile(8, 1, 16, true, 128), "{chip}");
+    }
+    for chip in ["m3", "m4-pro", "m5-max"] {
+        for dtype in [Dtype::F16, Dtype::Bf16] {
+            assert_eq!(long_tile(chip, dtype, 64), tile(4, 2, 32, false, 64), "{chip}");
+            assert_eq!(long_tile(chip, dtype, 80), tile(4, 2, 16, false, 80), "{chip}");
+            assert_eq!(long_tile(chip, dtype, 128), tile(4, 1, 32, false, 128), "{chip}");
         }
+    }
+    // Without bfloat16 units fragments are widened, and Q makes room for them.
+    assert_eq!(long_tile("m1", Dtype::Bf16, 192).query, QueryHome::Threadgroup);
+    assert_eq!(long_tile("m3", Dtype::Bf16, 192).query, QueryHome::Registers);
+}
+
+#[test]
+fn large_head_dimensions_move_q_before_they_repeat_s() {
+    let tile = long_tile("m3", Dtype::F16, 256);
+    assert_eq!((tile.passes(256), tile.query), (1, QueryHome::Threadgroup));
+    let tile = long_tile("m3", Dtype::F32, 512);
+    assert_eq!((tile.passes(512), tile.query), (2, QueryHome::Device));
+}
+
+#[test]
+fn few_rows_take_few_simdgroups_and_few_threadgroups_small_ones() {
+    let (decode, _) = tile_of("m1", Dtype::F16, [1, 1, 8, 64], [4096, 8]);
+    assert_eq!((decode.simdgroups, decode.row_fragments, decode.staged), (1, 1, false));
+    // 8 heads of 256 rows: threadgroups of 64 rows would be 32, fewer than two for each of 40 cores.
+    let (small, _) = tile_of("m3-max", Dtype::F16, [1, 256, 8, 64], [256, 8]);
+    assert!(small.rows() < 64, "{small}");
+}
+
+#[test]
+fn an_explanation_says_what_decided() {
+    let (tile, why) = tile_of("m1", Dtype::F16, [1, 8192, 16, 64], [8192, 16]);
+    // Per row and key: 64 rows share 128 columns of 2 bytes, and 8 rows read them from threadgroup memory.
+    assert_eq!(why.traffic, Traffic { device: 4 * 1024, threadgroup: 4 * 1024 + 32 * 1024 });
+    assert_eq!(tile.occupancy(&why.shape), Ok(why.occupancy));
+    let (rival, words) = why.rival.unwrap();
+    assert!(!rival.staged);
+    assert_eq!(words, "fewer bytes, weighed");
+    assert_eq!((why.judged, why.spilling, why.oversized), (3 * 7, 0, 0));
+    let (_, why) = tile_of("m3", Dtype::F32, [1, 8192, 16, 256], [8192, 16]);
+    // Two fragments of rows alone spill; staged blocks of 16 keys have 16 * 2 * 1,040 bytes.
+    assert_eq!((why.judged, why.spilling, why.oversized), (3 * 2 * 7, 3 * 7, 2 * 3));
+    let impossible = MetalTile { row_fragments: 8, ..tile };
+    assert_eq!(explain(&prefill(), &M1, &impossible), None);
+}
+
+#[test]
+fn tiles_are_refused_with_numbers() {
+    let shape = occupancy::KernelShape::of(&prefill(), false);
+    let tile = MetalTile {
+        simdgroups: 4,
+        row_fragments: 1,
+        keys: 16,
+        staged: true,
+        value_chunk: 64,
+        query: QueryHome::Registers,
+    };
+    let refusal = |tile: MetalTile| tile.occupancy(&shape).unwrap_err().to_string();
+    assert!(tile.occupancy(&shape).is_ok());
+    assert_eq!(refusal(MetalTile { row_fragments: 2, keys: 64, ..tile }), "284 16-bit registers of 256");
+    assert_eq!(refusal(MetalTile { keys: 64, ..tile }), "34816 bytes of threadgroup memory of 32768");
+    let crowd = MetalTile { simdgroups: 32, ..tile };
+    assert_eq!(refusal(crowd), "1024 threads at once where 768 fit");
+}
+
+fn auto_on(gpu: Gpu, problem: &Problem, demotions: &Demotions) -> (Plan, Vec<(Tier, String)>) {
+    let planner = Planner { device: Device::Metal(gpu), settings: &Settings::DEFAULT, demotions };
+    let plan = planner.plan(problem).unwrap();
+    let reasons = planner.passed_over(problem, &plan);
+    (plan, reasons.into_iter().map(|(tier, reason)| (tier, reason.to_string())).collect())
+}
+
+#[test]
+fn auto_on_metal_is_simdgroup_and_says_why_not_better() {
+    let (plan, reasons) = auto_on(M1, &prefill(), Demotions::NONE);
+    assert_eq!((plan.tier, plan.metal), (Tier::Simdgroup, metal::choose(&prefill(), &M1).ok()));
+    let text = |tier, text: &str| (tier, text.to_owned());
+    assert_eq!(
+        reasons,
+        [
+            text(Tier::Tensorops, "needs an M5 or later; this is Apple M1"),
+            text(Tier::TensoropsStaged, "needs an M5 or later; this is Apple M1"),
+            text(Tier::Cpu, "needs CPU tensors"),
+            text(Tier::Torch, "simdgroup comes before it and serves this call"),
+            text(Tier::Scalar, "simdgroup comes before it and serves this call"),
+        ]
+    );
+    let m5 = Gpu { chip: Chip::from_name("m5-max"), cores: 40, macos: Version::new(26, 2), ..M1 };
+    assert_eq!(
+        auto_on(m5, &prefill(), Demotions::NONE).1[0].1,
+        "this machine could (Apple M5 Max, 40 cores, macOS 26.2, torch 2.15), but this version contains no matmul2d \
+         kernels"
+    );
+}
+
+#[test]
+fn a_demoted_tier_makes_room_for_the_next() {
+    let mut demotions = Demotions::default();
+    assert!(demotions.demote(Tier::Simdgroup, "the compiler refused it"));
+    assert!(!demotions.demote(Tier::Simdgroup, "again"));
+    assert!(!demotions.demote(Tier::Torch, "never"));
+    let (plan, reasons) = auto_on(M1, &prefill(), &demotions);
+    assert_eq!(plan, Plan { tier: Tier::Torch, cpu: None, metal: None });
+    assert_eq!(reasons[2], (Tier::Simdgroup, "failed earlier in this process: the compiler refused it".to_owned()));
+    let settings = forced("v1");
+    let planner = Planner { device: Device::Metal(M1), settings: &settings, demotions: &demotions };
+    let error = planner.plan(&prefill()).unwrap_err().to_string();
+    assert!(error.contains("v1 for this call (simdgroup: failed earlier in this process: the compiler"), "{error}");
+}
+
+#[test]
+fn what_no_kernel_takes_goes_to_torch() {
+    let why = |gpu, problem: &Problem| {
+        let (plan, reasons) = auto_on(gpu, problem, Demotions::NONE);
+        assert_eq!(plan.tier, Tier::Torch);
+        reasons.into_iter().find(|(tier, _)| *tier == Tier::Simdgroup).unwrap().1
+    };
+    let wide = problem([1, 64, 1, 64], [64, 1], false);
+    let wide = Problem { value_dim: 20_000, ..wide };
+    assert_eq!(why(M1, &wide), "the leanest tile for head_dim 64/20000 in float32 needs 382 16-bit registers of 256");
+    let bfloat = Problem { dtype: Dtype::Bf16, ..prefill() };
+    let old = Gpu { macos: Version::new(13, 6), ..M1 };
+    assert_eq!(why(old, &bfloat), "needs macOS >= 14.0 for bfloat16, a type of Metal 3.1; this is macOS 13.6");
+    let long = problem([1, 1, 1, 8], [(1 << 29) + 1, 1], false);
+    assert_eq!(why(M1, &long), "a sequence of 536870913 rows, and Metal kernels take at most 536870912");
+}
+
+#[test]
+fn the_simulator_takes_cpu_tensors_from_the_engine() {
+    let settings = Settings { device: settings::Device::Simulator, ..Settings::DEFAULT };
+    let planner = planner(Device::Metal(Gpu::SIMULATED), &settings);
+    let plan = planner.plan(&prefill()).unwrap();
+    assert_eq!(plan.tier, Tier::Simdgroup);
+    assert!(planner.passed_over(&prefill(), &plan).contains(&(Tier::Cpu, Reason::Simulated)));
+}
+
+fn any_gpu() -> impl Strategy<Value = Gpu> {
+    const NAMES: [&str; 9] = ["m1", "m1-ultra", "m2-pro", "m3", "m3-max", "m4-max", "m5-pro", "m9-ultra", "?"];
+    (prop::sample::select(&NAMES[..]), 0..100usize, 12..28u16, 0..20u16, any::<bool>()).prop_map(
+        |(name, cores, macos, torch, with_torch)| Gpu {
+            chip: Chip::from_name(name),
+            cores,
+            macos: Version::new(macos, 2),
+            torch: with_torch.then_some(Version::new(2, torch)),
+        },
+    )
+}
+
+proptest! {
+    #[test]
+    fn a_tile_exists_and_neither_spills_nor_overflows(
+        gpu in any_gpu(),
+        dtype in prop_oneof![Just(Dtype::F16), Just(Dtype::Bf16), Just(Dtype::F32)],
+        [batch, query_len, group, key_heads] in [0..3i64, 0..5000i64, 1..5i64, 1..4i64],
+        [head_dim, value_dim] in [1..=512usize, 1..=512usize],
+        causal: bool,
+        bias: bool,
+    ) {
+        let problem = problem([batch, query_len, group * key_heads, 8], [777, key_heads], causal);
+        let kind = crate::BiasKind::Additive(dtype);
+        let bias = bias.then_some(crate::Bias { kind, batch: 0, head: 0, query: 1, key: 1 });
+        let problem = Problem { dtype, head_dim, value_dim, bias, ..problem };
+        let tile = metal::choose(&problem, &gpu).unwrap();
+        let why = explain(&problem, &gpu, &tile).unwrap();
+        prop_assert!(why.occupancy.halves <= 256 && why.occupancy.threads >= tile.threads(), "{tile}: {why:?}");
+        prop_assert!(why.occupancy.threadgroup_bytes <= 32 * 1024);
+        prop_assert!(tile.keys.is_multiple_of(8) && tile.value_chunk.is_multiple_of(8));
+        prop_assert!(tile.passes(value_dim) * tile.value_chunk >= value_dim);
+        prop_assert!(tile.value_chunk < value_dim + 8);
+    }
+
+    #[test]
+    fn every_tier_serves_or_has_a_reason(gpu in any_gpu(), dim in 1..600i64, len in 0..9000i64) {
+        let problem = problem([1, len, 2, dim], [len, 2], false);
+        let (plan, reasons) = auto_on(gpu, &problem, Demotions::NONE);
+        prop_assert_eq!(reasons.len(), Tier::ALL.len() - 1);
+        for (tier, reason) in &reasons {
+            prop_assert!(*tier != plan.tier && !reason.is_empty());
+        }
+        prop_assert_eq!(plan.metal.is_some(), plan.tier == Tier::Simdgroup);
+        prop_assert_eq!(plan.tier == Tier::Torch, gpu.lacks_for_kernels(Dtype::F32).is_some());
     }
 }
