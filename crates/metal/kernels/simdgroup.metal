@@ -66,7 +66,7 @@ struct Rows {
     threadgroup const scalar* values;
 #else
     device const scalar* values[ROW_FRAGMENTS];
-    scalar sign;
+    float sign;
 #endif
 };
 
@@ -82,6 +82,12 @@ constexpr int dimension(int fragment, int fragments, int position) {
 template <typename Pointer>
 scalar head_element(Pointer row, int i) {
     return HEAD_DIM % 8 == 0 || i < HEAD_DIM ? row[i] : scalar(0);
+}
+
+// The same of a row of q, with the sign of the scale, which changes no digit.
+template <typename Pointer>
+scalar query_element(Pointer row, int i, float sign) {
+    return scalar(float(head_element(row, i)) * sign);
 }
 
 // Column i of a row of v, counted from the first of the chunk, of which columns are in the tensor.
@@ -116,8 +122,8 @@ Operand query_fragment(int r, int d, Lane lane, thread const Rows& rows) {
 #else
     const int first = dimension(d, HEAD_FRAGMENTS, lane.column);
     const int second = dimension(d, HEAD_FRAGMENTS, lane.column + 1);
-    query.thread_elements()[0] = head_element(rows.values[r], first) * rows.sign;
-    query.thread_elements()[1] = head_element(rows.values[r], second) * rows.sign;
+    query.thread_elements()[0] = query_element(rows.values[r], first, rows.sign);
+    query.thread_elements()[1] = query_element(rows.values[r], second, rows.sign);
 #endif
     return query;
 #endif
@@ -261,7 +267,7 @@ kernel void attention_simdgroup(
     constant Factors& factors [[buffer(11)]],
     uint3 threadgroup_position [[threadgroup_position_in_grid]],
     uint3 threadgroup_count [[threadgroups_per_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroup_index [[simdgroup_index_in_threadgroup]],
     uint lane_index [[thread_index_in_simdgroup]])
 {
 #if STAGED
@@ -283,7 +289,7 @@ kernel void attention_simdgroup(
     const int row_group = int(threadgroup_position.x);
 #endif
     const int group_first = row_group * (SIMDGROUPS * ROWS);
-    const int first_query = group_first + int(simdgroup) * ROWS;
+    const int first_query = group_first + int(simdgroup_index) * ROWS;
 #if STAGED
     if (group_first >= place.query_len) {
         return;
@@ -306,7 +312,7 @@ kernel void attention_simdgroup(
     device const scalar* values = v + row_offset(sizes.v, place.batch, place.key_head, place.key_start)
         + place.value_chunk * VALUE_CHUNK;
     const int columns = min(VALUE_CHUNK, VALUE_DIM - place.value_chunk * VALUE_CHUNK);
-    const scalar sign = scalar(factors.query);
+    const float sign = factors.query;
 
 #if ALIBI
     const float slope = alibi_slopes[place.batch * sizes.alibi_batch + place.head * sizes.alibi_head] * LOG2_E;
@@ -316,7 +322,7 @@ kernel void attention_simdgroup(
 #endif
     Rows rows;
 #if QUERY_IN_THREADGROUP
-    threadgroup scalar* parked = parked_queries + int(simdgroup) * (ROWS * HEAD_FRAGMENTS * 8);
+    threadgroup scalar* parked = parked_queries + int(simdgroup_index) * (ROWS * HEAD_FRAGMENTS * 8);
     rows.values = parked;
 #endif
 #pragma clang loop unroll(full)
@@ -334,14 +340,14 @@ kernel void attention_simdgroup(
         for (int d = 0; d < HEAD_FRAGMENTS; ++d) {
             const int first = dimension(d, HEAD_FRAGMENTS, lane.column);
             const int second = dimension(d, HEAD_FRAGMENTS, lane.column + 1);
-            rows.values[r][d].thread_elements()[0] = head_element(row, first) * sign;
-            rows.values[r][d].thread_elements()[1] = head_element(row, second) * sign;
+            rows.values[r][d].thread_elements()[0] = query_element(row, first, sign);
+            rows.values[r][d].thread_elements()[1] = query_element(row, second, sign);
         }
 #elif QUERY_IN_THREADGROUP
         for (int d = 0; d < HEAD_FRAGMENTS; ++d) {
             threadgroup scalar* elements = parked + (r * HEAD_FRAGMENTS + d) * 64 + lane.index * 2;
-            elements[0] = head_element(row, dimension(d, HEAD_FRAGMENTS, lane.column)) * sign;
-            elements[1] = head_element(row, dimension(d, HEAD_FRAGMENTS, lane.column + 1)) * sign;
+            elements[0] = query_element(row, dimension(d, HEAD_FRAGMENTS, lane.column), sign);
+            elements[1] = query_element(row, dimension(d, HEAD_FRAGMENTS, lane.column + 1), sign);
         }
 #else
         rows.values[r] = row;
@@ -396,7 +402,7 @@ kernel void attention_simdgroup(
         block.last = place.key_len - 1 - first;
 #if STAGED
         threadgroup_barrier(mem_flags::mem_threadgroup);  // the previous block has been read
-        for (int row = int(simdgroup); row < KEYS; row += SIMDGROUPS) {
+        for (int row = int(simdgroup_index); row < KEYS; row += SIMDGROUPS) {
             const int key = min(first + row, place.key_len - 1);
             device const scalar* key_row = keys + key * sizes.k.row;
             for (int i = lane.index; i < HEAD_DIM; i += 32) {
