@@ -12,6 +12,7 @@ use crate::call::{Described, Numbers, Slot, Tensors, describe};
 use crate::error::{Error, Result};
 use crate::form::{Form, Packing};
 use crate::metal::{Fault, MetalDevice, Operand, Operands};
+use crate::settings::Resolved;
 use crate::tensor::{Place, View};
 use crate::torch::Torch;
 use crate::{metal, settings, trace};
@@ -98,7 +99,7 @@ pub fn execute<'py>(
     let settings = settings::current(py)?;
     if let Some(place) = settings.metal_device(views.q().place) {
         let call = Call { torch, form, numbers, objects: &objects, views, described: &described, want_lse };
-        return execute_on_metal(py, &call, place, &settings.values);
+        return execute_on_metal(py, &call, place, &settings);
     }
     let problem = &described.problem;
     let offsets = Offsets::read(torch, form, &objects, views, problem)?;
@@ -136,19 +137,17 @@ fn execute_on_metal<'py>(
     py: Python<'py>,
     call: &Call<'_, 'py>,
     device: MetalDevice,
-    settings: &Settings,
+    resolved: &Resolved,
 ) -> Result<Bound<'py, PyAny>> {
     let Call { torch, form, numbers, objects, views, described, want_lse } = *call;
     let problem = &described.problem;
     let results = allocate(torch, form, objects, described, want_lse)?;
+    let settings = &resolved.values;
+    let gpu = device.gpu(py)?;
     let mut operands = None;
     let mut demotions = Demotions::default();
-    let mut failed: Option<(Tier, Fault)> = None;
+    let mut plan = resolved.plans.get(problem, gpu, settings)?;
     let tier = loop {
-        let plan = Planner { device: Device::Metal(device.gpu(py)?), settings, demotions: &demotions }.plan(problem)?;
-        if let Some((tier, fault)) = failed.take() {
-            metal::warn(py, problem, tier, fault.reason(), plan.tier)?;
-        }
         let Some(kernel) = metal::kernel_of(&plan, problem, want_lse) else {
             let offsets = Offsets::read(torch, form, objects, views, problem)?;
             run_torch(py, form, numbers, objects, &offsets, problem, settings, &results)?;
@@ -163,7 +162,10 @@ fn execute_on_metal<'py>(
             Err(Fault::Raised(error)) => return Err(error),
             Err(fault) => {
                 demotions.demote(plan.tier, fault.reason());
-                failed = Some((plan.tier, fault));
+                let planner = Planner { device: Device::Metal(gpu), settings, demotions: &demotions };
+                let next = planner.plan(problem)?;
+                metal::warn(py, problem, plan.tier, fault.reason(), next.tier)?;
+                plan = next;
             }
         }
     };

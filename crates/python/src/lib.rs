@@ -3,6 +3,7 @@
 
 mod arguments;
 mod call;
+mod cli;
 mod dlpack;
 mod environment;
 mod error;
@@ -16,6 +17,7 @@ mod metal;
 mod mps;
 mod operator;
 mod plan;
+mod plans;
 mod probe;
 mod settings;
 mod simulated;
@@ -28,6 +30,8 @@ use pyo3::prelude::*;
 /// Rust engine and planner behind `metal_flash_attn`.
 #[pymodule(gil_used = false)]
 mod _native {
+    #[pymodule_export]
+    use super::cli::{_kernel_text, _plan_elsewhere};
     #[pymodule_export]
     use super::error::_panic;
     #[pymodule_export]

@@ -12,6 +12,7 @@ use pyo3::prelude::*;
 use crate::environment::Environment;
 use crate::error::{Error, Result};
 use crate::metal::MetalDevice;
+use crate::plans::Plans;
 use crate::tensor::Place;
 
 /// Settings, and what follows from them.
@@ -20,6 +21,8 @@ pub struct Resolved {
     isa: Option<Isa>,
     /// What computes CPU tensors in the place of the cpu tier.
     stand_in: Option<MetalDevice>,
+    /// The plans for Metal devices.
+    pub plans: Plans,
 }
 
 impl Resolved {
@@ -33,7 +36,7 @@ impl Resolved {
             Some(isa) => isa.is_available().then_some(isa),
             None => Some(Isa::best()),
         };
-        Self { values, isa, stand_in }
+        Self { values, isa, stand_in, plans: Plans::default() }
     }
 
     /// The device whose kernels compute tensors of `place`, if there is one.

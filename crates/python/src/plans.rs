@@ -1,0 +1,64 @@
+//! Plans for Metal devices, kept: choosing a tile takes longer than launching its kernel.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use mtlflashattn_core::plan::Gpu;
+use mtlflashattn_core::{BiasKind, Demotions, Device, Dtype, Lengths, Mask, Plan, Planner, Problem, Result, Settings};
+
+/// Most plans that are kept; lengths that never come again must not fill the memory.
+const CAPACITY: usize = 1024;
+
+/// Everything that a planner may look at: all of a problem but strides and factors.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Key {
+    gpu: Gpu,
+    dtype: Dtype,
+    lengths: Lengths,
+    heads: [usize; 2],
+    dims: [usize; 2],
+    mask: Mask,
+    bias: Option<BiasKind>,
+    softcap: bool,
+    alibi: bool,
+    sinks: bool,
+}
+
+impl Key {
+    fn new(problem: &Problem, gpu: Gpu) -> Self {
+        let Problem { dtype, lengths, query_heads, key_heads, head_dim, value_dim, softcap, mask, .. } = *problem;
+        Self {
+            gpu,
+            dtype,
+            lengths,
+            heads: [query_heads, key_heads],
+            dims: [head_dim, value_dim],
+            mask,
+            bias: problem.bias.map(|bias| bias.kind),
+            softcap: softcap > 0.0,
+            alibi: problem.alibi.is_some(),
+            sinks: problem.sinks.is_some(),
+        }
+    }
+}
+
+/// The plans that were made with some settings.
+#[derive(Default)]
+pub struct Plans(Mutex<HashMap<Key, Plan>>);
+
+impl Plans {
+    /// The plan for `problem` on `gpu` when no kernel of it has failed.
+    pub fn get(&self, problem: &Problem, gpu: Gpu, settings: &Settings) -> Result<Plan> {
+        let key = Key::new(problem, gpu);
+        let mut plans = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(plan) = plans.get(&key) {
+            return Ok(plan.clone());
+        }
+        let plan = Planner { device: Device::Metal(gpu), settings, demotions: Demotions::NONE }.plan(problem)?;
+        if plans.len() == CAPACITY {
+            plans.clear();
+        }
+        plans.insert(key, plan.clone());
+        Ok(plan)
+    }
+}
