@@ -28,7 +28,6 @@ struct Sizes {
     long key_len;
     long head_dim;
     long value_dim;
-    long query_heads;
     long group;         // query heads that share a key head
     long value_chunks;  // threadgroups that share the columns of v
     long window_left;

@@ -103,7 +103,7 @@ impl<T: Clone> Tensors<T> {
 }
 
 /// Number of int64 sizes.
-const SIZE_COUNT: usize = 31;
+const SIZE_COUNT: usize = 30;
 /// Number of float32 factors.
 const FACTOR_COUNT: usize = 3;
 
@@ -185,7 +185,6 @@ fn sizes(problem: &Problem, chunks: usize, outputs: &Outputs) -> [i64; SIZE_COUN
         problem.lengths.max_key_len() as i64,
         problem.head_dim as i64,
         problem.value_dim as i64,
-        problem.query_heads as i64,
         problem.group() as i64,
         chunks as i64,
         window(problem.mask.left),
