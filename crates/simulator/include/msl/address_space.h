@@ -1,0 +1,19 @@
+// Address spaces (specification, chapter 4). Real ones while the text is checked; the driver drops them from the
+// code afterwards, because clang's checks skip pointers that carry one.
+#pragma once
+
+#define device __attribute__((address_space(1)))
+#define constant __attribute__((address_space(2)))
+#define threadgroup __attribute__((address_space(3)))
+#define thread
+#define kernel static
+// Repeats a template for every address space that a pointer to memory may have.
+#define MSL_FOR_MEMORY(M) M(device) M(threadgroup)
+#define MSL_FOR_READABLE(M) M(device) M(threadgroup) M(constant)
+
+// An array in threadgroup memory: the driver turns its declaration into a reference to where the runtime laid it.
+template <class T, unsigned Slot, unsigned ElementBytes> struct msl_array_record {
+  static inline int registered = msl_register_array(Slot, sizeof(T), alignof(T), ElementBytes);
+};
+template <class T> struct msl_innermost { using type = T; };
+template <class T, unsigned long N> struct msl_innermost<T[N]> : msl_innermost<T> {};

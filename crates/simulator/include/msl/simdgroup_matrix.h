@@ -1,0 +1,212 @@
+// simdgroup_matrix (specification, chapters 2.4 and 6.7). A lane's object names a tile of its simdgroup, which the
+// runtime keeps; the elements come to the lane only when thread_elements() asks for them. Until then loads and
+// products need no waiting for the other lanes (see runtime/matrix.cc).
+//
+// The lane map is the one that MLX (steel/attn/mma.h), PyTorch (PrefillAttention.h) and metal-flash-attention rely
+// on; Apple does not document it.
+#pragma once
+
+namespace metal {
+MSL_INLINE constexpr uint msl_tile_row(uint lane) { return (lane / 4 & 4) + lane / 2 % 4; }
+MSL_INLINE constexpr uint msl_tile_column(uint lane) { return (lane / 4 & 2) * 2 + lane % 2 * 2; }
+
+template <class T> constexpr constant uint msl_element_kind = 0;
+template <> constexpr constant uint msl_element_kind<float> = MSL_FLOAT;
+template <> constexpr constant uint msl_element_kind<half> = MSL_HALF;
+template <> constexpr constant uint msl_element_kind<bfloat> = MSL_BFLOAT;
+
+template <class T, int Columns, int Rows> class simdgroup_matrix {
+  static_assert(Columns == 8 && Rows == 8, "simdgroup_matrix: 8x8 is the only size");
+  static_assert(msl_element_kind<T> != 0, "simdgroup_matrix: the elements are float, half or bfloat");
+
+public:
+  using storage_type = vec<T, 2>;
+
+  MSL_INLINE simdgroup_matrix() = default;
+  MSL_INLINE explicit simdgroup_matrix(T diagonal) {
+    int offset = (int)msl_tile_row(msl_lane()) - (int)msl_tile_column(msl_lane());
+    msl_set_local(offset == 0 ? diagonal : T(0), offset == 1 ? diagonal : T(0));
+  }
+  MSL_INLINE simdgroup_matrix(thread const simdgroup_matrix &other) { msl_copy(other); }
+  MSL_INLINE thread simdgroup_matrix &operator=(thread const simdgroup_matrix &other) {
+    if (this != &other) {
+      msl_drop();
+      msl_copy(other);
+    }
+    return *this;
+  }
+  MSL_INLINE ~simdgroup_matrix() { msl_drop(); }
+
+  // Stricter than Metal: the next operation that writes the matrix ends the life of the reference.
+  MSL_INLINE thread storage_type &thread_elements(MSL_LINE) {
+    msl_fetch(msl_line);
+    m_state = shared;
+    return m_elements;
+  }
+  MSL_INLINE thread const storage_type &thread_elements(MSL_LINE) const {
+    msl_fetch(msl_line);
+    m_state = shared;
+    return m_elements;
+  }
+
+  // for the functions below
+  MSL_INLINE uint msl_operand(int line) const {
+    if (m_state == in_tile) return m_tile;
+    if (m_state == stale) {
+      msl_expect_no_stale_write(line);
+      return m_tile;
+    }
+    if (m_state == empty) msl_fail(line, "a simdgroup_matrix is used before anything was put into it");
+    uint tile = msl_matrix_import(msl_element_kind<T>, (float)m_elements[0], (float)m_elements[1], m_born, line);
+    msl_replace_tile(tile);
+    m_born = msl_now();
+    if (m_state == local) m_state = in_tile;
+    return tile;
+  }
+  MSL_INLINE void msl_set_tile(uint tile) {
+    msl_replace_tile(tile);
+    if (m_state == shared) {
+      m_elements = storage_type(__builtin_nanf("")); // whoever still holds a reference shall notice
+      m_state = stale;
+    } else if (m_state != stale) {
+      m_state = in_tile;
+    }
+  }
+  MSL_INLINE void msl_set_local(T first, T second) {
+    msl_drop();
+    m_tile = 0;
+    m_elements = storage_type{first, second};
+    m_born = msl_now();
+    m_state = local;
+  }
+
+private:
+  enum state : uint { empty, in_tile, local, shared, stale };
+  mutable storage_type m_elements;
+  mutable uint m_tile = 0; // also kept while the elements are local: the fragment stays live
+  mutable uint m_born = 0;
+  mutable state m_state = empty;
+
+  static MSL_INLINE uint msl_now() {
+#if MSL_CHECK_LAYER
+    return msl_matrix_now();
+#else
+    return 0;
+#endif
+  }
+  MSL_INLINE void msl_drop() const {
+    if (m_tile) msl_matrix_release(m_tile);
+  }
+  MSL_INLINE void msl_copy(thread const simdgroup_matrix &other) {
+    if (other.m_state == shared || other.m_state == local) {
+      m_tile = 0;
+      m_elements = other.m_elements;
+      m_born = msl_now();
+      m_state = local;
+      return;
+    }
+    m_tile = other.m_tile;
+    if (m_tile) msl_matrix_retain(m_tile);
+    m_state = other.m_state == empty ? empty : in_tile;
+  }
+  MSL_INLINE void msl_replace_tile(uint tile) const {
+    if (m_tile) {
+#if MSL_CHECK_LAYER
+      if (m_state != in_tile && m_state != stale) msl_matrix_touch(m_tile);
+#endif
+      msl_matrix_release(m_tile);
+    }
+    m_tile = tile;
+  }
+  MSL_INLINE void msl_fetch(int line) const {
+    if (m_state == stale) msl_expect_no_stale_write(line);
+    if (m_state == in_tile || m_state == stale) {
+      float pair[2];
+      msl_matrix_read(m_tile, pair, line);
+      m_elements = storage_type{(T)pair[0], (T)pair[1]};
+    } else if (m_state == empty) {
+      m_born = msl_now();
+    }
+#if MSL_CHECK_LAYER
+    else if (m_tile) msl_matrix_touch(m_tile);
+#endif
+  }
+  MSL_INLINE void msl_expect_no_stale_write(int line) const {
+    if (m_elements[0] == m_elements[0] || m_elements[1] == m_elements[1])
+      msl_fail(line, "an element was written through a reference of thread_elements() that is older than the last "
+                     "operation on the matrix");
+  }
+};
+
+typedef simdgroup_matrix<half, 8, 8> simdgroup_half8x8;
+typedef simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
+typedef simdgroup_matrix<bfloat, 8, 8> simdgroup_bfloat8x8;
+
+template <class T, int Columns, int Rows = Columns>
+MSL_INLINE simdgroup_matrix<T, Columns, Rows> make_filled_simdgroup_matrix(T value) {
+  simdgroup_matrix<T, Columns, Rows> result;
+  result.msl_set_local(value, value);
+  return result;
+}
+template <class T, int Columns, int Rows = Columns>
+MSL_INLINE simdgroup_matrix<T, Columns, Rows> make_diagonal_simdgroup_matrix(T value) {
+  return simdgroup_matrix<T, Columns, Rows>(value);
+}
+
+#define MSL_LOAD(space)                                                                                                \
+  template <class T>                                                                                                   \
+  MSL_INLINE void simdgroup_load(thread simdgroup_matrix<T, 8, 8> &result, space const T *source,                      \
+                                 ulong elements_per_row = 8, ulong2 origin = ulong2{0, 0}, bool transpose = false,     \
+                                 MSL_LINE) {                                                                           \
+    ulong row = msl_tile_row(msl_lane()), column = msl_tile_column(msl_lane());                                        \
+    space const T *corner = source + origin.y * elements_per_row + origin.x;                                           \
+    float first, second;                                                                                               \
+    if (transpose) {                                                                                                   \
+      first = (float)corner[column * elements_per_row + row];                                                          \
+      second = (float)corner[(column + 1) * elements_per_row + row];                                                   \
+    } else {                                                                                                           \
+      first = (float)corner[row * elements_per_row + column];                                                          \
+      second = (float)corner[row * elements_per_row + column + 1];                                                     \
+    }                                                                                                                  \
+    result.msl_set_tile(msl_matrix_load(msl_element_kind<T>, first, second, (const void *)corner, elements_per_row,    \
+                                        transpose, msl_line));                                                         \
+  }
+MSL_FOR_READABLE(MSL_LOAD)
+
+#define MSL_STORE(space)                                                                                               \
+  template <class T>                                                                                                   \
+  MSL_INLINE void simdgroup_store(thread const simdgroup_matrix<T, 8, 8> &source, space T *destination,                \
+                                  ulong elements_per_row = 8, ulong2 origin = ulong2{0, 0}, bool transpose = false,    \
+                                  MSL_LINE) {                                                                          \
+    ulong row = msl_tile_row(msl_lane()), column = msl_tile_column(msl_lane());                                        \
+    space T *corner = destination + origin.y * elements_per_row + origin.x;                                            \
+    uint tile = source.msl_operand(msl_line);                                                                          \
+    float pair[2];                                                                                                     \
+    msl_matrix_read(tile, pair, msl_line);                                                                             \
+    msl_matrix_store(tile, (const void *)corner, elements_per_row, transpose, msl_line);                               \
+    if (transpose) {                                                                                                   \
+      corner[column * elements_per_row + row] = (T)pair[0];                                                            \
+      corner[(column + 1) * elements_per_row + row] = (T)pair[1];                                                      \
+    } else {                                                                                                           \
+      corner[row * elements_per_row + column] = (T)pair[0];                                                            \
+      corner[row * elements_per_row + column + 1] = (T)pair[1];                                                        \
+    }                                                                                                                  \
+  }
+MSL_FOR_MEMORY(MSL_STORE)
+
+// d = a b + c. The model: fp32 within one 8x8x8 step, fused, in order of the inner index, rounded once to d's type.
+template <class D, class A, class B, class C>
+MSL_INLINE void simdgroup_multiply_accumulate(thread simdgroup_matrix<D, 8, 8> &d,
+                                              thread const simdgroup_matrix<A, 8, 8> &a,
+                                              thread const simdgroup_matrix<B, 8, 8> &b,
+                                              thread const simdgroup_matrix<C, 8, 8> &c, MSL_LINE) {
+  uint tile_a = a.msl_operand(msl_line), tile_b = b.msl_operand(msl_line), tile_c = c.msl_operand(msl_line);
+  d.msl_set_tile(msl_matrix_multiply(msl_element_kind<D>, tile_a, tile_b, tile_c, msl_line));
+}
+template <class D, class A, class B>
+MSL_INLINE void simdgroup_multiply(thread simdgroup_matrix<D, 8, 8> &d, thread const simdgroup_matrix<A, 8, 8> &a,
+                                   thread const simdgroup_matrix<B, 8, 8> &b, MSL_LINE) {
+  uint tile_a = a.msl_operand(msl_line), tile_b = b.msl_operand(msl_line);
+  d.msl_set_tile(msl_matrix_multiply(msl_element_kind<D>, tile_a, tile_b, 0, msl_line));
+}
+} // namespace metal

@@ -1,0 +1,248 @@
+// The check layer: clang's thread sanitizer pass calls __tsan_* at every access that may leave the thread, its
+// undefined behaviour checks call __ubsan_*; both land here instead of in clang's libraries, which know nothing of
+// threads made by hand, simdgroups or their barriers.
+
+static Record record(const Lane &lane, unsigned space, bool atomic) {
+  return lane.context->threadgroup_number << 32 | (Record)lane.simdgroup->segment[space] << 11 | (Record)atomic << 10 |
+         lane.thread;
+}
+static unsigned thread_of(Record r) { return r & 0x3ff; }
+static bool is_atomic(Record r) { return r >> 10 & 1; }
+static unsigned segment_of(Record r) { return r >> 11 & 0x1fffff; }
+
+// Happens-before: the same thread; a barrier of the simdgroup in between; a barrier of the threadgroup in between.
+static bool ordered(const Context &context, unsigned space, Record earlier, Record now) {
+  if (earlier == 0) return true;
+  if (earlier >> 32 != now >> 32) return false;
+  unsigned a = thread_of(earlier), b = thread_of(now);
+  if (a == b) return true;
+  if (a / 32 == b / 32) return segment_of(earlier) != segment_of(now);
+  return segment_of(earlier) < context.group_segment[space];
+}
+static bool races(const Context &context, unsigned space, Record earlier, Record now) {
+  return !(is_atomic(earlier) && is_atomic(now)) && !ordered(context, space, earlier, now);
+}
+
+static void describe_place(const Region &region, char *address, char *text, size_t size) {
+  unsigned long offset = (unsigned long)(address - region.base);
+  if (region.buffer) snprintf(text, size, "buffer %u at byte %lu", region.buffer->index, offset);
+  else snprintf(text, size, "threadgroup array %u at byte %lu", region.slot, offset);
+}
+
+[[noreturn]] static void report_race(const Region &region, char *address, const char *what, Record other, uintptr_t pc) {
+  char place[80];
+  describe_place(region, address, place, sizeof place);
+  fail(0, pc, "data race in %s: %s thread %u (simdgroup %u lane %u) of threadgroup %lu without a barrier between", place,
+       what, thread_of(other), thread_of(other) / 32, thread_of(other) % 32, (unsigned long)(other >> 32) - 1);
+}
+
+// Several lanes may store the same value to one place: formally a race, but harmless, so it is counted. The value
+// is known at this thread's next event only, because the pass calls before it stores.
+static void check_pending(Context &context) {
+  PendingWrite &pending = context.pending;
+  if (!pending.address) return;
+  char *address = pending.address;
+  pending.address = nullptr;
+  if (memcmp(address, pending.before, pending.bytes) == 0) {
+    context.launch->counters.same_value_races++;
+    return;
+  }
+  for (unsigned i = 0; i < context.region_count; ++i) {
+    Region &region = context.regions[i];
+    if (address >= region.base && address < region.base + region.bytes)
+      report_race(region, address, "another value is written after a write by", pending.other, pending.pc);
+  }
+}
+
+// Cells become finer when something smaller than a cell is touched.
+static void refine(Region &region, unsigned shift) {
+  unsigned long count = (region.bytes >> region.shift) + 1, factor = 1ul << (region.shift - shift);
+  Cell *finer = (Cell *)calloc(((region.bytes >> shift) + 1 + factor), sizeof(Cell));
+  for (unsigned long i = 0; i < count; ++i)
+    for (unsigned long j = 0; j < factor; ++j)
+      if (i * factor + j <= region.bytes >> shift) finer[i * factor + j] = region.cells[i];
+  free(region.cells);
+  region.cells = finer;
+  region.shift = shift;
+}
+
+static void check_write(Context &context, Region &region, Cell &cell, char *address, unsigned bytes, Record now,
+                        uintptr_t pc) {
+  unsigned space = region.buffer ? 1 : 0;
+  if (races(context, space, cell.written, now)) {
+    bool other_threadgroup = cell.written >> 32 != now >> 32;
+    if (is_atomic(now) || is_atomic(cell.written) || other_threadgroup || bytes > sizeof context.pending.before)
+      report_race(region, address, "write after write by", cell.written, pc);
+    if (!context.pending.address) {
+      context.pending = {address, bytes, {}, cell.written, pc};
+      memcpy(context.pending.before, address, bytes);
+    }
+  }
+  const Record readers[] = {cell.read, cell.read_by_other_group, cell.read_by_neighbour};
+  for (Record earlier : readers)
+    if (races(context, space, earlier, now)) report_race(region, address, "write after read by", earlier, pc);
+  cell.written = now;
+}
+
+static void check_read(Context &context, Region &region, Cell &cell, char *address, Record now, uintptr_t pc) {
+  if (!region.buffer && cell.written == 0) {
+    char place[80];
+    describe_place(region, address, place, sizeof place);
+    fail(0, pc, "read of memory that this threadgroup has not written: %s", place);
+  }
+  if (races(context, region.buffer ? 1 : 0, cell.written, now))
+    report_race(region, address, "read after write by", cell.written, pc);
+  if (cell.read == now) return;
+  if (cell.read && thread_of(cell.read) != thread_of(now)) {
+    bool neighbour = cell.read >> 32 == now >> 32 && thread_of(cell.read) / 32 == thread_of(now) / 32;
+    (neighbour ? cell.read_by_neighbour : cell.read_by_other_group) = cell.read;
+  }
+  cell.read = now;
+}
+
+[[noreturn]] static void report_out_of_bounds(Context &context, char *address, unsigned long bytes, bool write,
+                                              uintptr_t pc) {
+  const char *verb = write ? "write" : "read";
+  Region *nearest = nullptr;
+  long distance = 0;
+  for (unsigned i = 0; i < context.region_count; ++i) {
+    Region &region = context.regions[i];
+    long away = address < region.base ? address - region.base : address - (region.base + region.bytes) + 1;
+    if (!nearest || labs(away) < labs(distance)) nearest = &region, distance = away;
+  }
+  if (!nearest) fail(0, pc, "out-of-bounds %s of %lu bytes: the kernel has no memory at all", verb, bytes);
+  const char *name = nearest->buffer ? "buffer" : "threadgroup array";
+  unsigned index = nearest->buffer ? nearest->buffer->index : nearest->slot;
+  if (distance < 0) fail(0, pc, "out-of-bounds %s of %lu bytes, %ld bytes before %s %u", verb, bytes, -distance, name, index);
+  fail(0, pc, "out-of-bounds %s of %lu bytes, %ld bytes past the end of %s %u", verb, bytes, distance - 1, name, index);
+}
+
+static bool holds(const Region &region, const char *address) {
+  return address >= region.base && address < region.base + region.bytes;
+}
+
+// One memory may be bound twice, as const and not: a write goes to where it may.
+static Region *find_region(Context &context, char *address, bool write) {
+  Region *last = context.last_region;
+  if (last && holds(*last, address) && !(write && !last->cells)) return last;
+  Region *found = nullptr;
+  for (unsigned i = 0; i < context.region_count; ++i) {
+    Region &region = context.regions[i];
+    if (!holds(region, address)) continue;
+    found = &region;
+    if (region.cells) break;
+  }
+  return context.last_region = found;
+}
+
+static void count(Context &context, const Region &region, unsigned long bytes, bool write) {
+  msl_counters &counters = context.launch->counters;
+  if (!region.buffer) {
+    (write ? counters.threadgroup_written_bytes : counters.threadgroup_read_bytes) += bytes;
+    return;
+  }
+  (write ? region.buffer->written_bytes : region.buffer->read_bytes) += bytes;
+  if (region.buffer->constant_space) counters.constant_read_bytes += bytes;
+  else (write ? counters.device_written_bytes : counters.device_read_bytes) += bytes;
+}
+
+extern "C" char _end __attribute__((visibility("hidden")));
+
+static void access(char *address, unsigned long bytes, bool write, bool atomic, uintptr_t pc) {
+  if (bytes == 0) return;
+  Lane &lane = *current_lane();
+  Context &context = *lane.context;
+  check_pending(context);
+  char *stacks = context.launch->stacks;
+  if (address >= stacks && address < stacks + context.launch->stack_count * MSL_STACK_BYTES) return; // thread space
+  Region *region = find_region(context, address, write);
+  if (!region) {
+    if (!write && address >= &__ehdr_start && address < &_end) { // constants of the program
+      context.launch->counters.constant_read_bytes += bytes;
+      return;
+    }
+    report_out_of_bounds(context, address, bytes, write, pc);
+  }
+  if (address + bytes > region->base + region->bytes)
+    fail(0, pc, "out-of-bounds %s of %lu bytes, of which %lu are past the end of %s %u", write ? "write" : "read", bytes,
+         (unsigned long)(address + bytes - (region->base + region->bytes)),
+         region->buffer ? "buffer" : "threadgroup array", region->buffer ? region->buffer->index : region->slot);
+  count(context, *region, bytes, write);
+  if (write && region->buffer && !region->buffer->writable)
+    fail(0, pc, "write to buffer %u, which the kernel declares const", region->buffer->index);
+  if (!region->cells) return;
+  unsigned long offset = (unsigned long)(address - region->base);
+  unsigned shift = region->shift;
+  while (shift && ((offset | bytes) & ((1ul << shift) - 1))) --shift;
+  if (shift != region->shift) refine(*region, shift);
+  Record now = record(lane, region->buffer ? 1 : 0, atomic);
+  unsigned granule = 1u << shift;
+  for (unsigned long at = offset; at < offset + bytes; at += granule) {
+    Cell &cell = region->cells[at >> shift];
+    if (write) check_write(context, *region, cell, region->base + at, granule, now, pc);
+    else check_read(context, *region, cell, region->base + at, now, pc);
+  }
+}
+
+static void clear_threadgroup_shadow(Context &context) {
+  for (unsigned i = 0; i < context.region_count; ++i) {
+    Region &region = context.regions[i];
+    if (!region.buffer) memset(region.cells, 0, ((region.bytes >> region.shift) + 1) * sizeof(Cell));
+  }
+}
+
+#define PC ((uintptr_t)__builtin_return_address(0) - 1)
+extern "C" {
+#define ACCESS(name, bytes)                                                                                            \
+  void __tsan_read##name(void *p) { access((char *)p, bytes, false, false, PC); }                                      \
+  void __tsan_write##name(void *p) { access((char *)p, bytes, true, false, PC); }                                      \
+  void __tsan_unaligned_read##name(void *p) { access((char *)p, bytes, false, false, PC); }                            \
+  void __tsan_unaligned_write##name(void *p) { access((char *)p, bytes, true, false, PC); }                            \
+  void __tsan_read_write##name(void *p) {                                                                              \
+    access((char *)p, bytes, false, false, PC);                                                                        \
+    access((char *)p, bytes, true, false, PC);                                                                         \
+  }                                                                                                                    \
+  void __tsan_unaligned_read_write##name(void *p) {                                                                    \
+    access((char *)p, bytes, false, false, PC);                                                                        \
+    access((char *)p, bytes, true, false, PC);                                                                         \
+  }
+ACCESS(1, 1)
+ACCESS(2, 2)
+ACCESS(4, 4)
+ACCESS(8, 8)
+ACCESS(16, 16)
+void __tsan_init() {}
+void __tsan_func_entry(void *) {}
+void __tsan_func_exit() {}
+void *__tsan_memset(void *d, int value, unsigned long bytes) {
+  access((char *)d, bytes, true, false, PC);
+  return memset(d, value, bytes);
+}
+void *__tsan_memcpy(void *d, const void *s, unsigned long bytes) {
+  access((char *)s, bytes, false, false, PC);
+  access((char *)d, bytes, true, false, PC);
+  return memcpy(d, s, bytes);
+}
+void *__tsan_memmove(void *d, const void *s, unsigned long bytes) {
+  access((char *)s, bytes, false, false, PC);
+  access((char *)d, bytes, true, false, PC);
+  return memmove(d, s, bytes);
+}
+
+struct SourceLocation { // of compiler-rt's handlers
+  const char *file;
+  unsigned line, column;
+};
+#define UNDEFINED(name, text)                                                                                          \
+  void __ubsan_handle_##name(SourceLocation *at, uintptr_t, uintptr_t) { fail((int)at->line, 0, text); }
+UNDEFINED(add_overflow, "signed addition overflows")
+UNDEFINED(sub_overflow, "signed subtraction overflows")
+UNDEFINED(mul_overflow, "signed multiplication overflows")
+UNDEFINED(negate_overflow, "signed negation overflows")
+UNDEFINED(divrem_overflow, "integer division by zero, or its result overflows")
+UNDEFINED(shift_out_of_bounds, "a shift by more than the width of the type, or by a negative number")
+UNDEFINED(type_mismatch_v1, "an access through a pointer that is not aligned to its type")
+void __ubsan_handle_out_of_bounds(SourceLocation *at, uintptr_t index) {
+  fail((int)at->line, 0, "array index %ld is out of range", (long)index);
+}
+}

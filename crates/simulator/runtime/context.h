@@ -1,0 +1,149 @@
+// The state of one dispatch. Every thread of the running threadgroup is a fiber; the fibers take turns on the
+// operating system's thread that called msl_run, so that several dispatches may run side by side in one process.
+#pragma once
+#include "../include/msl/runtime.h"
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct Context;
+struct Simdgroup;
+
+struct Lane {
+  void *stack_pointer;
+  Context *context;
+  Simdgroup *simdgroup;
+  msl_position position;
+  unsigned thread, lane;
+  unsigned tile_offset;   // where this lane's first element lies in a tile
+  unsigned passed;        // operations of the simdgroup that this lane has passed
+  const char *waits_for;  // for messages
+  int line;
+};
+
+enum OperationKind : unsigned {
+  SIMD,
+  SIMDGROUP_BARRIER,
+  THREADGROUP_BARRIER,
+  MATRIX_IMPORT,
+  MATRIX_LOAD,
+  MATRIX_MULTIPLY,
+  MATRIX_STORE,
+};
+
+// What all lanes of a simdgroup do together. The first lane to come writes it down, the others must bring the same.
+struct Operation {
+  OperationKind kind;
+  int line;
+  const char *name;
+  const void *address;
+  unsigned long stride;
+  unsigned a, b, c, element_kind, flags;
+  // not compared
+  unsigned result;
+  unsigned passed; // mask of lanes
+  msl_combine combine;
+};
+
+struct Tile {
+  alignas(32) float at[64]; // row by row, in fp32 whatever the element type
+  unsigned references, element_kind, born, last_use;
+  bool ready;
+  unsigned next_free;
+};
+
+enum { WINDOW = 256, MAX_SIMDGROUPS = MSL_MAX_THREADS / 32 };
+
+// Counts of live fragments by operation, as differences.
+struct Liveness {
+  int *difference_fp32, *difference_16bit;
+  unsigned capacity;
+};
+
+struct Simdgroup {
+  unsigned alive, ready;      // masks of lanes
+  unsigned waiting;           // lanes parked until an operation completes
+  unsigned at_barrier;        // lanes parked in a threadgroup_barrier
+  unsigned first, next;       // operations [first, next) were passed by some lanes, not by all
+  unsigned segment[2];        // changes with every barrier that orders memory: [0] threadgroup, [1] device
+  Operation window[WINDOW];
+  void *slots[32];
+  Tile *tiles; // tile 0 is none
+  unsigned tile_capacity, tile_count, free_tiles;
+  Liveness liveness;
+};
+
+// Who touched a place: threadgroup << 32 | segment << 11 | atomic << 10 | thread.
+typedef uint64_t Record;
+struct Cell {
+  Record written;
+  Record read;                // the last reader,
+  Record read_by_other_group; // the last one of another simdgroup than that,
+  Record read_by_neighbour;   // and the last other lane of the same one
+};
+
+// A piece of memory that a kernel may touch.
+struct Region {
+  char *base;
+  unsigned long bytes;
+  Cell *cells; // one per granule of 1 << shift bytes, or null: nothing writes here
+  unsigned shift;
+  msl_bound_buffer *buffer; // null: a threadgroup array
+  unsigned slot;
+};
+
+enum { RED_ZONE = 2048, THREADGROUP_MEMORY_LIMIT = 32768 };
+enum { MAX_REGIONS = MSL_MAX_ARRAYS + 64 };
+
+struct PendingWrite {
+  char *address;
+  unsigned bytes;
+  char before[16];
+  Record other;
+  uintptr_t pc;
+};
+
+struct Context {
+  msl_launch *launch;
+  void *main_stack_pointer;
+  Lane *current;
+  Lane lanes[MSL_MAX_THREADS];
+  Simdgroup simdgroups[MAX_SIMDGROUPS];
+  unsigned threads, simdgroup_count, alive_threads;
+  unsigned arrived_simdgroups, barrier_generation;
+  Operation barrier;
+  unsigned long random;
+  bool failed;
+
+  char *arena; // threadgroup memory: arrays with red zones around each
+  unsigned long arena_bytes;
+  void *array_address[MSL_MAX_ARRAYS];
+  void *threadgroup_arguments[MSL_MAX_ARRAYS];
+  void *buffer_addresses[32];
+
+  Region regions[MAX_REGIONS];
+  unsigned region_count;
+  Region *last_region;
+  uint64_t threadgroup_number;
+  unsigned next_segment[2], group_segment[2]; // the newest segment, and the first one after the last threadgroup barrier
+  PendingWrite pending;
+};
+
+// The word below the top of a fiber's stack names its lane: no thread-local storage, which is scarce for libraries
+// that are loaded at run time.
+static inline Lane *current_lane() {
+  uintptr_t top = ((uintptr_t)__builtin_frame_address(0) | (MSL_STACK_BYTES - 1)) + 1;
+  return *(Lane **)(top - 16);
+}
+
+[[noreturn]] static void fail(int line, uintptr_t pc, const char *format, ...) __attribute__((format(printf, 3, 4)));
+
+#if MSL_CHECK_LAYER
+static void check_pending(Context &context);
+static void clear_threadgroup_shadow(Context &context);
+#else
+static inline void check_pending(Context &) {}
+static inline void clear_threadgroup_shadow(Context &) {}
+#endif

@@ -1,0 +1,222 @@
+// Tiles of simdgroup_matrix. A tile is a value: it is written once and then only read, so that a lane may note
+// products of tiles that other lanes have not reached yet. Handles are equal in all lanes because all lanes perform
+// the same operations in the same order. A tile goes back to the pool when no object and no noted operation names it.
+
+static unsigned new_tile(Simdgroup &group, unsigned element_kind, unsigned born) {
+  unsigned tile = group.free_tiles;
+  if (tile) {
+    group.free_tiles = group.tiles[tile].next_free;
+  } else {
+    if (group.tile_count == group.tile_capacity) {
+      group.tile_capacity = group.tile_capacity ? 2 * group.tile_capacity : 64;
+      Tile *larger = (Tile *)aligned_alloc(32, group.tile_capacity * sizeof(Tile));
+      if (group.tiles) memcpy(larger, group.tiles, group.tile_count * sizeof(Tile));
+      free(group.tiles);
+      group.tiles = larger;
+      if (!group.tile_count) group.tile_count = 1;
+    }
+    tile = group.tile_count++;
+  }
+  Tile &t = group.tiles[tile];
+  t.references = 1; // of the operation that makes it
+  t.element_kind = element_kind;
+  t.born = t.last_use = born;
+  t.ready = false;
+  return tile;
+}
+
+#if MSL_CHECK_LAYER
+static void use(Simdgroup &group, unsigned tile, unsigned ordinal) {
+  Tile &t = group.tiles[tile];
+  if (ordinal > t.last_use) t.last_use = ordinal;
+}
+
+static void note_life(Simdgroup &group, const Tile &tile) {
+  Liveness &l = group.liveness;
+  unsigned end = tile.last_use + 1;
+  if (end >= l.capacity) {
+    unsigned larger = end * 2 + 1024;
+    l.difference_fp32 = (int *)realloc(l.difference_fp32, larger * sizeof(int));
+    l.difference_16bit = (int *)realloc(l.difference_16bit, larger * sizeof(int));
+    memset(l.difference_fp32 + l.capacity, 0, (larger - l.capacity) * sizeof(int));
+    memset(l.difference_16bit + l.capacity, 0, (larger - l.capacity) * sizeof(int));
+    l.capacity = larger;
+  }
+  int *difference = tile.element_kind == MSL_FLOAT ? l.difference_fp32 : l.difference_16bit;
+  difference[tile.born]++;
+  difference[end]--;
+}
+
+// The most registers that fragments need at once: 4 halves a lane for an fp32 fragment, 2 for a 16-bit one.
+static void count_live_fragments(Context &context, Simdgroup &group) {
+  Liveness &l = group.liveness;
+  msl_counters &c = context.launch->counters;
+  long fp32 = 0, narrow = 0;
+  for (unsigned i = 0; i < l.capacity; ++i) {
+    fp32 += l.difference_fp32[i];
+    narrow += l.difference_16bit[i];
+    if (2 * fp32 + narrow > 2 * (long)c.live_fragments_fp32 + (long)c.live_fragments_16bit) {
+      c.live_fragments_fp32 = (unsigned long)fp32;
+      c.live_fragments_16bit = (unsigned long)narrow;
+    }
+  }
+  memset(l.difference_fp32, 0, l.capacity * sizeof(int));
+  memset(l.difference_16bit, 0, l.capacity * sizeof(int));
+}
+#else
+static inline void use(Simdgroup &, unsigned, unsigned) {}
+static inline void note_life(Simdgroup &, const Tile &) {}
+static inline void count_live_fragments(Context &, Simdgroup &) {}
+#endif
+
+static inline void release(Simdgroup &group, unsigned tile) {
+  Tile &t = group.tiles[tile];
+  if (--t.references) return;
+  note_life(group, t);
+  t.next_free = group.free_tiles;
+  group.free_tiles = tile;
+}
+
+static float rounded(float value, unsigned element_kind) {
+  if (element_kind == MSL_HALF) return (float)(_Float16)value;
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  if (value != value) bits |= 0x400000;
+  else bits += 0x7fff + (bits >> 16 & 1); // to nearest, ties to even
+  bits &= 0xffff0000;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+typedef float Row __attribute__((ext_vector_type(8)));
+
+static void multiply(Simdgroup &group, const Operation &operation) {
+  const Tile &a = group.tiles[operation.a], &b = group.tiles[operation.b];
+  Tile &d = group.tiles[operation.result];
+  const Row *b_rows = (const Row *)b.at;
+  for (int i = 0; i < 8; ++i) {
+    Row sum = operation.c ? ((const Row *)group.tiles[operation.c].at)[i] : (Row)0.0f;
+    for (int k = 0; k < 8; ++k) sum = __builtin_elementwise_fma((Row)a.at[i * 8 + k], b_rows[k], sum);
+    ((Row *)d.at)[i] = sum;
+  }
+  if (operation.element_kind != MSL_FLOAT)
+    for (float &element : d.at) element = rounded(element, operation.element_kind);
+}
+
+static void execute_matrix(Context &context, Simdgroup &group, Operation &operation) {
+  msl_counters &counters = context.launch->counters;
+  if (operation.passed != ~0u || group.alive != ~0u)
+    fail(operation.line, 0, "%s needs all 32 lanes of the simdgroup, lanes %08x are here", operation.name,
+         operation.passed & group.alive);
+  if (operation.kind == MATRIX_MULTIPLY) {
+    counters.matrix_multiplies++;
+    multiply(group, operation);
+    release(group, operation.a);
+    release(group, operation.b);
+    if (operation.c) release(group, operation.c);
+  } else if (operation.kind == MATRIX_LOAD) {
+    counters.matrix_loads++;
+  } else if (operation.kind == MATRIX_STORE) {
+    counters.matrix_stores++;
+    release(group, operation.a);
+    return;
+  }
+  group.tiles[operation.result].ready = true;
+  release(group, operation.result);
+}
+
+// Notes an operation that makes a tile out of two elements from each lane.
+static unsigned gather(Lane &lane, const Operation &mine, unsigned born, float first_element, float second_element) {
+  Simdgroup &group = *lane.simdgroup;
+  bool first;
+  Operation &noted = meet(lane, mine, first);
+  if (first) noted.result = new_tile(group, mine.element_kind, born);
+  unsigned result = noted.result;
+  Tile &tile = group.tiles[result];
+  tile.references++;
+  tile.at[lane.tile_offset] = first_element;
+  tile.at[lane.tile_offset + 1] = second_element;
+  pass(lane, noted);
+  return result;
+}
+
+extern "C" {
+unsigned msl_matrix_import(unsigned element_kind, float first, float second, unsigned born, int line) {
+  Lane &lane = *current_lane();
+  Operation mine = plain(MATRIX_IMPORT, "a simdgroup_matrix operation", line);
+  mine.element_kind = element_kind;
+  return gather(lane, mine, born, first, second);
+}
+
+unsigned msl_matrix_load(unsigned element_kind, float first, float second, const void *source, unsigned long stride,
+                         bool transpose, int line) {
+  Lane &lane = *current_lane();
+  Operation mine = plain(MATRIX_LOAD, "simdgroup_load", line);
+  mine.element_kind = element_kind;
+  mine.address = source;
+  mine.stride = stride;
+  mine.flags = transpose;
+  return gather(lane, mine, lane.passed, first, second);
+}
+
+unsigned msl_matrix_multiply(unsigned element_kind, unsigned a, unsigned b, unsigned c, int line) {
+  Lane &lane = *current_lane();
+  Simdgroup &group = *lane.simdgroup;
+  Operation mine = plain(MATRIX_MULTIPLY, "simdgroup_multiply_accumulate", line);
+  mine.element_kind = element_kind;
+  mine.a = a;
+  mine.b = b;
+  mine.c = c;
+  bool first;
+  Operation &noted = meet(lane, mine, first);
+  if (first) {
+    noted.result = new_tile(group, element_kind, lane.passed);
+    group.tiles[a].references++;
+    group.tiles[b].references++;
+    use(group, a, lane.passed);
+    use(group, b, lane.passed);
+    if (c) {
+      group.tiles[c].references++;
+      if (lane.passed) use(group, c, lane.passed - 1); // the sum may take the place of what it adds to
+    }
+  }
+  unsigned result = noted.result;
+  group.tiles[result].references++;
+  pass(lane, noted);
+  return result;
+}
+
+void msl_matrix_store(unsigned tile, const void *destination, unsigned long stride, bool transpose, int line) {
+  Lane &lane = *current_lane();
+  Operation mine = plain(MATRIX_STORE, "simdgroup_store", line);
+  mine.a = tile;
+  mine.address = destination;
+  mine.stride = stride;
+  mine.flags = transpose;
+  bool first;
+  Operation &noted = meet(lane, mine, first);
+  if (first) {
+    lane.simdgroup->tiles[tile].references++;
+    use(*lane.simdgroup, tile, lane.passed);
+  }
+  pass(lane, noted);
+}
+
+void msl_matrix_read(unsigned tile, float *elements, int line) {
+  Lane &lane = *current_lane();
+  check_pending(*lane.context);
+  Simdgroup &group = *lane.simdgroup;
+  while (!group.tiles[tile].ready) park(lane, &Simdgroup::waiting, "a read of matrix elements", line);
+  use(group, tile, lane.passed);
+  elements[0] = group.tiles[tile].at[lane.tile_offset];
+  elements[1] = group.tiles[tile].at[lane.tile_offset + 1];
+}
+
+void msl_matrix_retain(unsigned tile) { current_lane()->simdgroup->tiles[tile].references++; }
+void msl_matrix_release(unsigned tile) { release(*current_lane()->simdgroup, tile); }
+unsigned msl_matrix_now() { return current_lane()->passed; }
+void msl_matrix_touch(unsigned tile) {
+  Lane &lane = *current_lane();
+  use(*lane.simdgroup, tile, lane.passed);
+}
+}

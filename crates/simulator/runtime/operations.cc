@@ -1,0 +1,182 @@
+// What the lanes of a simdgroup do together.
+//
+// A lane need not wait where it meets an operation whose result it does not see: loads and products of matrices,
+// and barriers that order no memory. It notes the operation (or compares it with what an earlier lane noted) and
+// goes on; the last lane to pass executes it. So a chain of products costs each lane a few comparisons, and the
+// fibers are switched only where values come back to the lanes.
+
+static void execute(Context &context, Simdgroup &group, Operation &operation);
+
+static void park(Lane &lane, unsigned Simdgroup::*where, const char *name, int line) {
+  Simdgroup &group = *lane.simdgroup;
+  lane.waits_for = name;
+  lane.line = line;
+  group.ready &= ~(1u << lane.lane);
+  group.*where |= 1u << lane.lane;
+  yield_from(lane);
+}
+
+static bool same(const Operation &x, const Operation &y) {
+  return x.kind == y.kind && x.line == y.line && x.a == y.a && x.b == y.b && x.c == y.c && x.flags == y.flags &&
+         x.address == y.address && x.stride == y.stride;
+}
+
+[[noreturn]] static void report_divergence(const Operation &noted, const Operation &mine) {
+  if (noted.kind == mine.kind && noted.line == mine.line)
+    fail(mine.line, 0, "the arguments of %s differ between the lanes of a simdgroup", mine.name);
+  fail(mine.line, 0, "divergence: this lane is in %s while lanes %08x passed %s at line %d", mine.name, noted.passed,
+       noted.name, noted.line);
+}
+
+// The operation that this lane has come to; `first` tells whether it is the first lane there.
+static Operation &meet(Lane &lane, const Operation &mine, bool &first) {
+  Simdgroup &group = *lane.simdgroup;
+  check_pending(*lane.context);
+  lane.line = mine.line;
+  while (lane.passed - group.first >= WINDOW) park(lane, &Simdgroup::waiting, mine.name, mine.line);
+  Operation &noted = group.window[lane.passed % WINDOW];
+  first = lane.passed == group.next;
+  if (first) {
+    noted = mine;
+    noted.passed = 0;
+    group.next++;
+  } else if (!same(noted, mine)) {
+    report_divergence(noted, mine);
+  }
+  return noted;
+}
+
+static void complete_first(Context &context, Simdgroup &group) {
+  Operation &operation = group.window[group.first % WINDOW];
+  execute(context, group, operation);
+  group.first++;
+  group.ready |= group.waiting;
+  group.waiting = 0;
+}
+
+static void pass(Lane &lane, Operation &operation) {
+  Simdgroup &group = *lane.simdgroup;
+  operation.passed |= 1u << lane.lane;
+  lane.passed++;
+  if ((group.alive & ~operation.passed) == 0) complete_first(*lane.context, group);
+}
+
+static void wait_until_complete(Lane &lane, unsigned ordinal, const char *name, int line) {
+  while ((int)(lane.simdgroup->first - ordinal) <= 0) park(lane, &Simdgroup::waiting, name, line);
+  if (lane.context->launch->seed != 0) yield_from(lane);
+}
+
+// A lane returned: what waited only for it is complete now.
+static void complete_without(Lane &lane) {
+  Simdgroup &group = *lane.simdgroup;
+  while (group.first != group.next && (group.alive & ~group.window[group.first % WINDOW].passed) == 0)
+    complete_first(*lane.context, group);
+}
+
+static void new_segment(Context &context, Simdgroup &group, unsigned space) {
+  group.segment[space] = ++context.next_segment[space];
+  if (context.next_segment[space] >= 1u << 21) fail(0, 0, "too many barriers in one threadgroup for the checker");
+}
+
+static bool orders_memory(unsigned flags) { return (flags & 3) != 0; }
+
+static void execute_simdgroup_barrier(Context &context, Simdgroup &group, const Operation &operation) {
+  msl_counters &counters = context.launch->counters;
+  ++(orders_memory(operation.flags) ? counters.simdgroup_barriers : counters.simdgroup_hints);
+  if (operation.flags & 2) new_segment(context, group, 0);
+  if (operation.flags & 1) new_segment(context, group, 1);
+}
+
+static void release_threadgroup_barrier(Context &context) {
+  msl_counters &counters = context.launch->counters;
+  unsigned flags = context.barrier.flags;
+  ++(orders_memory(flags) ? counters.threadgroup_barriers : counters.threadgroup_hints);
+  for (unsigned space = 0; space < 2; ++space) {
+    if (!(flags & (space == 0 ? 2u : 1u))) continue;
+    context.group_segment[space] = context.next_segment[space] + 1;
+    for (unsigned i = 0; i < context.simdgroup_count; ++i) new_segment(context, context.simdgroups[i], space);
+  }
+  context.arrived_simdgroups = 0;
+  context.barrier_generation++;
+  for (unsigned i = 0; i < context.simdgroup_count; ++i) {
+    Simdgroup &group = context.simdgroups[i];
+    group.ready |= group.at_barrier;
+    group.at_barrier = 0;
+  }
+}
+
+// All lanes of one simdgroup have come to a threadgroup_barrier.
+static void arrive_at_threadgroup_barrier(Context &context, const Operation &operation) {
+  if (context.alive_threads != context.threads)
+    fail(operation.line, 0, "threadgroup_barrier after %u threads of the threadgroup returned",
+         context.threads - context.alive_threads);
+  if (context.arrived_simdgroups != 0 &&
+      (context.barrier.line != operation.line || context.barrier.flags != operation.flags))
+    fail(operation.line, 0, "divergence: this simdgroup is in another threadgroup_barrier than %u others, at line %d",
+         context.arrived_simdgroups, context.barrier.line);
+  context.barrier = operation;
+  if (++context.arrived_simdgroups == context.simdgroup_count) release_threadgroup_barrier(context);
+}
+
+static void execute_matrix(Context &context, Simdgroup &group, Operation &operation);
+
+static void execute(Context &context, Simdgroup &group, Operation &operation) {
+  switch (operation.kind) {
+  case SIMD:
+    context.launch->counters.simd_operations++;
+    operation.combine(group.slots, operation.passed & group.alive);
+    break;
+  case SIMDGROUP_BARRIER: execute_simdgroup_barrier(context, group, operation); break;
+  case THREADGROUP_BARRIER: arrive_at_threadgroup_barrier(context, operation); break;
+  default: execute_matrix(context, group, operation);
+  }
+}
+
+static Operation plain(OperationKind kind, const char *name, int line) {
+  Operation operation{};
+  operation.kind = kind;
+  operation.name = name;
+  operation.line = line;
+  return operation;
+}
+
+extern "C" {
+unsigned msl_lane() { return current_lane()->lane; }
+void msl_fail(int line, const char *text) { fail(line ? line : current_lane()->line, 0, "%s", text); }
+
+void msl_simd(const char *name, int line, void *slot, msl_combine combine) {
+  Lane &lane = *current_lane();
+  Operation mine = plain(SIMD, name, line);
+  mine.combine = combine;
+  bool first;
+  Operation &noted = meet(lane, mine, first);
+  lane.simdgroup->slots[lane.lane] = slot;
+  unsigned ordinal = lane.passed;
+  pass(lane, noted);
+  wait_until_complete(lane, ordinal, name, line);
+}
+
+void msl_simdgroup_barrier(unsigned flags, int line) {
+  Lane &lane = *current_lane();
+  Operation mine = plain(SIMDGROUP_BARRIER, "simdgroup_barrier", line);
+  mine.flags = flags;
+  bool first;
+  Operation &noted = meet(lane, mine, first);
+  unsigned ordinal = lane.passed;
+  pass(lane, noted);
+  if (orders_memory(flags)) wait_until_complete(lane, ordinal, "simdgroup_barrier", line);
+}
+
+void msl_threadgroup_barrier(unsigned flags, int line) {
+  Lane &lane = *current_lane();
+  Context &context = *lane.context;
+  Operation mine = plain(THREADGROUP_BARRIER, "threadgroup_barrier", line);
+  mine.flags = flags;
+  bool first;
+  Operation &noted = meet(lane, mine, first);
+  unsigned generation = context.barrier_generation;
+  pass(lane, noted);
+  while (context.barrier_generation == generation) park(lane, &Simdgroup::at_barrier, "threadgroup_barrier", line);
+  if (context.launch->seed != 0) yield_from(lane);
+}
+}

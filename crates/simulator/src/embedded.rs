@@ -1,0 +1,54 @@
+//! The stand-in headers and the runtime, carried inside the program so that an installed package needs no source tree.
+
+/// A file of this crate: path below the toolchain folder, and contents.
+type File = (&'static str, &'static str);
+
+macro_rules! files {
+    ($($path:literal),* $(,)?) => {
+        &[$(($path, include_str!(concat!("../", $path)))),*]
+    };
+}
+
+/// Everything that a kernel or the runtime includes.
+pub const FILES: &[File] = files![
+    "include/metal_stdlib",
+    "include/msl/address_space.h",
+    "include/msl/atomic.h",
+    "include/msl/barrier.h",
+    "include/msl/entry.h",
+    "include/msl/math.h",
+    "include/msl/runtime.h",
+    "include/msl/scalar.h",
+    "include/msl/simd.h",
+    "include/msl/simdgroup_matrix.h",
+    "include/msl/traits.h",
+    "include/msl/vector.h",
+    "runtime/checker.cc",
+    "runtime/compiler_rt.cc",
+    "runtime/context.h",
+    "runtime/fiber.cc",
+    "runtime/launch.cc",
+    "runtime/matrix.cc",
+    "runtime/operations.cc",
+    "runtime/runtime.cc",
+];
+
+/// Headers that a text may include. They are empty while it is preprocessed, so that its own tokens alone come out;
+/// `metal_stdlib` as a whole is included afterwards.
+pub const HEADER_NAMES: &[&str] = &[
+    "metal_stdlib",
+    "metal_atomic",
+    "metal_common",
+    "metal_compute",
+    "metal_geometric",
+    "metal_integer",
+    "metal_limits",
+    "metal_math",
+    "metal_matrix",
+    "metal_numeric",
+    "metal_relational",
+    "metal_simdgroup",
+    "metal_simdgroup_matrix",
+    "metal_type_traits",
+    "metal_types",
+];
