@@ -8,7 +8,13 @@ __all__ = [
     "Plan",
     "Trace",
     "TraceEntry",
+    "_SimulatedLibrary",
+    "_SimulatedPipeline",
+    "_forget_kernels",
+    "_kernel_text",
     "_panic",
+    "_plan_elsewhere",
+    "_pretend_mps",
     "execute_operator",
     "fma_peak",
     "forward",
@@ -135,5 +141,42 @@ def fma_peak() -> float:
 def read_bandwidth() -> float:
     """Measures the read bandwidth of one thread over uncached memory, in GB/s."""
 
+def _plan_elsewhere(question: dict[str, Any]) -> dict[str, Any]:
+    """Plans a call on an Apple GPU that need not be here; the keys are options of the command line."""
+
+def _kernel_text(question: dict[str, Any]) -> dict[str, Any]:
+    """The text of a kernel and its launch, for an Apple GPU that need not be here."""
+
 def _panic() -> None:
     """Panics in Rust, so that tests can see what becomes of it."""
+
+@final
+class _SimulatedLibrary:
+    """A compiled MSL text on the simulator: what a stand-in for torch's MPS half is made of."""
+
+    def __new__(cls, source: str) -> Self:
+        """Raises SyntaxError where the compiler refuses the text."""
+    def pipeline(self, name: str) -> _SimulatedPipeline:
+        """Raises RuntimeError where the device makes no pipeline of the kernel."""
+
+@final
+class _SimulatedPipeline:
+    """A kernel on the simulator."""
+
+    @property
+    def max_threads(self) -> int:
+        """Threads that a threadgroup may have."""
+    def dispatch(
+        self,
+        arguments: Sequence[bytes | tuple[int, int]],
+        threads: tuple[int, int, int],
+        group: tuple[int, int, int],
+        /,
+    ) -> None:
+        """Runs the kernel; argument n is `[[buffer(n)]]`: bytes, or an address and a size."""
+
+def _pretend_mps(on: bool) -> None:
+    """Lets CPU tensors take the way of MPS tensors, or ends that."""
+
+def _forget_kernels() -> None:
+    """Forgets all kernels, the ones that failed, and what is known of the GPU."""

@@ -87,8 +87,11 @@ impl Planner<'_> {
         Tier::ALL.into_iter().filter(|&tier| tier != plan.tier).map(|tier| (tier, why(tier))).collect()
     }
 
-    /// The plan of `tier` for `problem`, or why it cannot serve it.
-    fn serve(&self, problem: &Problem, tier: Tier) -> std::result::Result<Plan, Reason> {
+    /// The plan of `tier` for `problem`, whatever the settings ask for.
+    ///
+    /// # Errors
+    /// [`Reason`] when the tier cannot serve it.
+    pub fn serve(&self, problem: &Problem, tier: Tier) -> std::result::Result<Plan, Reason> {
         let plan = Plan { tier, cpu: None, metal: None };
         match (tier, self.device) {
             (Tier::Torch, _) => Ok(plan),

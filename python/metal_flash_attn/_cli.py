@@ -1,0 +1,138 @@
+"""The command line: plans and kernel texts for Apple GPUs, which need not be in this machine."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ._native import _kernel_text, _plan_elsewhere
+
+_PLAN_EXAMPLE = (
+    "example: python -m metal_flash_attn plan --gpu m3-max --macos 26.2 --torch 2.15 --dtype f16 "
+    "--q 1x8192x16x64 --k 1x8192x4x64 --causal"
+)
+_MSL_EXAMPLE = (
+    "example: python -m metal_flash_attn msl --tier simdgroup --dtype bf16 --head-dim 128 --causal"
+)
+
+
+def _add_call(parser: argparse.ArgumentParser) -> None:
+    machine = parser.add_argument_group("machine (default: this one, or an M1 where there is none)")
+    machine.add_argument("--gpu", help="m1, m3-max, m5-pro, a name that Metal gives, or unknown")
+    machine.add_argument(
+        "--cores", type=int, help="GPU cores (default: the most that such a GPU has)"
+    )
+    machine.add_argument("--macos", help="version of macOS, such as 26.2")
+    machine.add_argument("--torch", help="version of torch, or none (default: the installed one)")
+    call = parser.add_argument_group("call")
+    call.add_argument("--dtype", default="f16", help="f16, bf16 or f32 (default: %(default)s)")
+    call.add_argument("--q", metavar="SHAPE", help="BATCHxLENGTHxHEADSxHEAD_DIM, or without BATCH")
+    call.add_argument("--k", metavar="SHAPE", help="shape of k (default: that of q)")
+    call.add_argument("--v", metavar="SHAPE", help="shape of v (default: that of k)")
+    call.add_argument("--sequences", type=int, help="sequences in a packed call (default: 1)")
+    call.add_argument("--causal", action="store_true", help="hide the keys after the diagonal")
+    call.add_argument("--window", metavar="LEFT,RIGHT", help="visible keys beside the diagonal")
+    call.add_argument("--softcap", type=float, default=0.0, help="limit of the scores; 0 is off")
+    call.add_argument("--alibi", action="store_true", help="ALiBi slopes")
+    call.add_argument("--bias", metavar="KIND", help="a bias or mask: bool, f16, bf16 or f32")
+    call.add_argument("--sinks", action="store_true", help="attention sinks")
+    call.add_argument("--lse", action="store_true", help="return the log-sum-exp as well")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m metal_flash_attn", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    plan = commands.add_parser(
+        "plan", help="what would serve a call, and why", epilog=_PLAN_EXAMPLE
+    )
+    _add_call(plan)
+    plan.set_defaults(head_dim=None, value_dim=None, tier=None)
+    msl = commands.add_parser("msl", help="the text of a Metal kernel", epilog=_MSL_EXAMPLE)
+    msl.add_argument(
+        "--tier", default="simdgroup", help="simdgroup or scalar (default: %(default)s)"
+    )
+    msl.add_argument("--head-dim", type=int, help="columns of q and k, where --q is not given")
+    msl.add_argument("--value-dim", type=int, help="columns of v (default: those of k)")
+    _add_call(msl)
+    return parser
+
+
+def _by(sizes: Sequence[int]) -> str:
+    return " x ".join(map(str, sizes))
+
+
+def _machine(gpu: dict[str, Any]) -> str:
+    torch = f", torch {gpu['torch']}" if gpu["torch"] else ""
+    return f"{gpu['name']}, {gpu['cores']} cores, macOS {gpu['macos']}{torch}"
+
+
+def _launch_lines(answer: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "machine", _machine(answer["gpu"])
+    yield "tier", answer["tier"]
+    if tile := answer["tile"]:
+        yield "tile", tile["text"]
+        if tile["passes"] > 1:
+            yield "passes", f"{tile['passes']}, each over {tile['value_chunk']} columns of v"
+    if launch := answer["launch"]:
+        yield "kernel", launch["entry"]
+        group = f"{_by(launch['group'])} threads, {launch['rows']} query rows each"
+        yield "grid", f"{_by(launch['threadgroups'])} threadgroups of {group}"
+
+
+def _prediction_lines(predicted: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "registers", f"{predicted['registers']} of {predicted['most_registers']} of 16 bits"
+    threads = f"{predicted['threads_of_core']} of {predicted['most_threads_of_core']} threads"
+    threadgroups = f"{predicted['threadgroups_of_core']} whole threadgroups"
+    yield "occupancy", f"{threads} of a core, {threadgroups}"
+    memory = f"{predicted['threadgroup_bytes']} of {predicted['most_threadgroup_bytes']} bytes"
+    yield "memory", f"{memory} of threadgroup memory"
+    device = f"{predicted['device_bytes']:g} bytes from device memory"
+    threadgroup = f"{predicted['threadgroup_traffic_bytes']:g} from and to threadgroup memory"
+    yield "traffic", f"{device}, {threadgroup}, for a row and a key"
+    intensity = f"{predicted['flops_per_device_byte']:.4g} flops"
+    yield "intensity", f"{intensity} for a byte from device memory"
+    yield "model", predicted["validity"]
+    judged = f"{predicted['judged']} tiles judged, {predicted['spilling']} would spill"
+    yield "choice", f"{judged}, {predicted['oversized']} are too large for threadgroup memory"
+    if predicted["rival"]:
+        yield "rival", f"{predicted['rival']}; decided by {predicted['decided_by']}"
+
+
+def _print_plan(answer: dict[str, Any]) -> None:
+    lines = list(_launch_lines(answer))
+    if answer["predicted"]:
+        lines += _prediction_lines(answer["predicted"])
+    for name, text in lines:
+        print(f"{name:<11}{text}")
+    print("passed over")
+    for entry in answer["passed_over"]:
+        print(f"  {entry['tier']:<18}{entry['reason']}")
+
+
+def _print_kernel(answer: dict[str, Any]) -> None:
+    for name, text in _launch_lines(answer):
+        print(f"// {name:<8}{text}")
+    print()
+    sys.stdout.write(answer["source"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; wrong arguments end the process with status 2, as argparse does."""
+    parser = _parser()
+    options = vars(parser.parse_args(arguments))
+    command, as_json = options.pop("command"), options.pop("json")
+    ask, show = {
+        "plan": (_plan_elsewhere, _print_plan),
+        "msl": (_kernel_text, _print_kernel),
+    }[command]
+    try:
+        answer = ask(options)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        parser.exit(2, f"{parser.prog} {command}: error: {error}\n")
+    if as_json:
+        print(json.dumps(answer, indent=2))
+    else:
+        show(answer)
+    return 0
