@@ -142,7 +142,7 @@ def read_bandwidth() -> float:
     """Measures the read bandwidth of one thread over uncached memory, in GB/s."""
 
 def _plan_elsewhere(question: dict[str, Any]) -> dict[str, Any]:
-    """Plans a call on an Apple GPU that need not be here; the keys are options of the command line."""
+    """Plans a call on an Apple GPU that need not be here; keys are the command line's options."""
 
 def _kernel_text(question: dict[str, Any]) -> dict[str, Any]:
     """The text of a kernel and its launch, for an Apple GPU that need not be here."""
