@@ -26,7 +26,9 @@ pub(crate) struct Sequence {
 #[derive(Clone, Debug)]
 pub(crate) struct Task {
     pub(crate) sequence: Sequence,
+    /// The first of `heads` key heads, each with all of `rows`. The panel path takes one at a time.
     pub(crate) key_head: usize,
+    pub(crate) heads: usize,
     pub(crate) rows: Range<usize>,
     /// The keys of this split.
     pub(crate) keys: Range<usize>,
@@ -52,6 +54,13 @@ unsafe impl Sync for Call<'_> {}
 impl<'a> Call<'a> {
     pub(crate) fn new(problem: &'a Problem, tile: &'a CpuTile, inputs: &'a Inputs<'a>, outputs: &'a Outputs) -> Self {
         Self { problem, tile, inputs, outputs, group: problem.group() }
+    }
+
+    /// The part of `task` that belongs to its key head number `head`.
+    pub(crate) fn of_head(&self, task: &Task, head: usize) -> Task {
+        let rows = task.sequence.query_len * self.group;
+        let partial = task.partial.map(|first| first.wrapping_add(head * rows * (self.problem.value_dim + 2)));
+        Task { key_head: task.key_head + head, heads: 1, partial, ..task.clone() }
     }
 
     /// Sequence number `index`.

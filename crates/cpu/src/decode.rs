@@ -5,6 +5,8 @@
 
 use std::ops::Range;
 
+use mtlflashattn_core::Strides;
+
 use crate::call::{Call, Task, normalizer};
 use crate::element::{Element, narrow, widen};
 use crate::interrupt::Ticker;
@@ -15,6 +17,13 @@ use crate::{math, score};
 
 /// Bytes of K and V of one block: half of a 32 KiB first-level cache.
 const BLOCK_BYTES: usize = 16 * 1024;
+
+/// Bytes of K or V that all heads read before the first goes on, where the rows of several heads lie side by side.
+const PART_BYTES: usize = 16 * 1024;
+/// Rows to ask for ahead where they lie apart.
+const AHEAD_ROWS: usize = 16;
+/// Bytes to ask for ahead where they follow one another.
+const AHEAD_BYTES: usize = 8 * 1024;
 
 /// Offsets of the pieces of a thread's scratch block, in float32 values.
 #[derive(Clone, Copy)]
@@ -94,7 +103,9 @@ pub(crate) unsafe fn run<S: Simd, T: Element>(
         if ticker.should_stop() {
             return;
         }
-        work.attend::<S, T>(&keys);
+        work.scores::<S, T>(&keys);
+        work.softmax::<S>(&keys);
+        work.values::<S, T>(&keys);
     }
     work.finish::<S, T>();
 }
@@ -104,22 +115,29 @@ impl Work<'_, '_> {
         self.block.add(offset)
     }
 
-    const fn rows(&self) -> usize {
+    /// Rows of one key head.
+    const fn head_rows(&self) -> usize {
         self.task.rows.end - self.task.rows.start
+    }
+
+    /// Rows of all key heads.
+    const fn rows(&self) -> usize {
+        self.task.heads * self.head_rows()
     }
 
     /// Converts and scales q; empties the softmax state.
     #[inline(always)]
     unsafe fn start<S: Simd, T: Element>(&self) {
         let factor = S::splat(score::query_factor(self.call.problem));
-        for (i, row) in self.task.rows.clone().enumerate() {
+        for i in 0..self.rows() {
+            let (task, row) = self.row(i);
             let to = self.at(self.scratch.queries + i * self.scratch.depth);
-            let from = self.call.q_row::<T>(self.task, row);
+            let from = self.call.q_row::<T>(&task, row);
             widen::<S, T>(from, self.call.problem.head_dim, self.scratch.depth, to);
             for column in (0..self.scratch.depth).step_by(S::LANES) {
                 S::store(to.add(column), S::mul(factor, S::load(to.add(column))));
             }
-            let sink = if self.task.first_split { self.call.sink(self.task, row) } else { None };
+            let sink = if task.first_split { self.call.sink(&task, row) } else { None };
             let (max, sum) = sink.map_or((f32::MIN, 0.0), |sink| (sink, 1.0));
             self.at(self.scratch.state + 2 * i).write(max);
             self.at(self.scratch.state + 2 * i + 1).write(sum);
@@ -127,27 +145,67 @@ impl Work<'_, '_> {
         self.at(self.scratch.out).write_bytes(0, self.rows() * self.scratch.value_dim);
     }
 
-    /// All rows against the block `keys`.
-    #[inline(always)]
-    unsafe fn attend<S: Simd, T: Element>(&self, keys: &Range<usize>) {
-        let problem = self.call.problem;
-        let (k_row, v_row) = (problem.k.row as isize, problem.v.row as isize);
-        let k_pointer = self.call.k_base::<T>(self.task).offset(keys.start as isize * k_row);
-        let v_pointer = self.call.v_base::<T>(self.task).offset(keys.start as isize * v_row);
-        let k = Rows::new(k_pointer, k_row, problem.head_dim);
-        let v = Rows::new(v_pointer, v_row, problem.value_dim);
-        if self.scratch.depth == problem.head_dim {
-            self.scores::<S, T>(k, keys.len());
-        } else {
-            let staged = self.stage::<S, T>(k, keys.len(), self.scratch.depth, self.scratch.keys);
-            self.scores::<S, f32>(staged, keys.len());
+    /// Row number `i` of all heads: the task of its head, and its number there.
+    fn row(&self, i: usize) -> (Task, usize) {
+        let rows = self.head_rows();
+        (self.call.of_head(self.task, i / rows), self.task.rows.start + i % rows)
+    }
+
+    /// Parts of a block of `keys` that each head takes in turn: short ones where several heads lie side by side, so
+    /// that memory is read about in the order in which it lies.
+    fn parts<T>(&self, keys: usize, width: usize) -> impl Iterator<Item = Range<usize>> + use<T> {
+        let size = match self.task.heads {
+            1 => keys,
+            heads => (PART_BYTES / (heads * width * size_of::<T>())).clamp(1, keys),
+        };
+        (0..keys).step_by(size).map(move |start| start..(start + size).min(keys))
+    }
+
+    /// The rows of K or V of one head from `key` on; `base` is row 0 of the task's first head.
+    fn rows_of<T>(&self, base: *const T, strides: &Strides, width: usize, head: usize, key: usize) -> Rows<T> {
+        let offset = key as i64 * strides.row + head as i64 * strides.head;
+        let rows = Rows::new(base.wrapping_offset(offset as isize), strides.row as isize, width);
+        // Hardware prefetchers follow one row after the other by themselves, unless several queries make it slow.
+        match (rows.contiguous(), self.head_rows()) {
+            (true, 1) => rows,
+            (true, _) => rows.with_ahead(AHEAD_BYTES.div_ceil(width * size_of::<T>())),
+            (false, _) => rows.with_ahead(AHEAD_ROWS),
         }
-        self.softmax::<S>(keys);
-        if self.scratch.value_dim == problem.value_dim {
-            self.values::<S, T>(v, keys.len());
-        } else {
-            let staged = self.stage::<S, T>(v, keys.len(), self.scratch.value_dim, self.scratch.values);
-            self.values::<S, f32>(staged, keys.len());
+    }
+
+    /// Scores of all rows against the block `keys`.
+    #[inline(always)]
+    unsafe fn scores<S: Simd, T: Element>(&self, keys: &Range<usize>) {
+        let (head_dim, depth) = (self.call.problem.head_dim, self.scratch.depth);
+        let base = self.call.k_base::<T>(self.task);
+        for part in self.parts::<T>(keys.len(), head_dim) {
+            for head in 0..self.task.heads {
+                let k = self.rows_of(base, &self.call.problem.k, head_dim, head, keys.start + part.start);
+                if depth == head_dim {
+                    self.dots::<S, T>(head, k, &part);
+                } else {
+                    let staged = self.stage::<S, T>(k, part.len(), depth, self.scratch.keys);
+                    self.dots::<S, f32>(head, staged, &part);
+                }
+            }
+        }
+    }
+
+    /// Accumulates the values of the block `keys` in all rows.
+    #[inline(always)]
+    unsafe fn values<S: Simd, T: Element>(&self, keys: &Range<usize>) {
+        let (value_dim, width) = (self.call.problem.value_dim, self.scratch.value_dim);
+        let base = self.call.v_base::<T>(self.task);
+        for part in self.parts::<T>(keys.len(), value_dim) {
+            for head in 0..self.task.heads {
+                let v = self.rows_of(base, &self.call.problem.v, value_dim, head, keys.start + part.start);
+                if width == value_dim {
+                    self.sums::<S, T>(head, v, &part);
+                } else {
+                    let staged = self.stage::<S, T>(v, part.len(), width, self.scratch.values);
+                    self.sums::<S, f32>(head, staged, &part);
+                }
+            }
         }
     }
 
@@ -156,25 +214,44 @@ impl Work<'_, '_> {
     unsafe fn stage<S: Simd, T: Element>(&self, rows: Rows<T>, count: usize, width: usize, to: usize) -> Rows<f32> {
         let to = self.at(to);
         for row in 0..count {
-            rows.prefetch_behind::<S>(row);
+            rows.prefetch_far::<S>(row);
             widen::<S, T>(rows.row(row), rows.width(), width, to.add(row * width));
         }
         Rows::new(to, width as isize, width)
     }
 
-    /// Scores of all rows, up to four at a time.
+    /// Scores of one head's rows against the keys `part` of the block, up to four rows at a time.
     #[inline(always)]
-    unsafe fn scores<S: Simd, K: Element>(&self, k: Rows<K>, keys: usize) {
+    unsafe fn dots<S: Simd, K: Element>(&self, head: usize, k: Rows<K>, part: &Range<usize>) {
+        let (first, rows) = (head * self.head_rows(), self.head_rows());
+        let (depth, stride, keys) = (self.scratch.depth, self.scratch.block, part.len());
         let mut row = 0;
-        while row < self.rows() {
-            let queries = self.at(self.scratch.queries + row * self.scratch.depth);
-            let scores = self.at(self.scratch.scores + row * self.scratch.block);
-            let (depth, stride) = (self.scratch.depth, self.scratch.block);
+        while row < rows {
+            let queries = self.at(self.scratch.queries + (first + row) * depth);
+            let scores = self.at(self.scratch.scores + (first + row) * stride + part.start);
             // Eight accumulators hide the latency of the multiply-add, whatever the number of rows.
-            row += match self.rows() - row {
+            row += match rows - row {
                 4.. => dot::<S, K, 4, 2>(queries, depth, k, keys, scores, stride),
                 2.. => dot::<S, K, 2, 4>(queries, depth, k, keys, scores, stride),
                 _ => dot::<S, K, 1, 8>(queries, depth, k, keys, scores, stride),
+            };
+        }
+    }
+
+    /// Accumulates values in one head's rows, up to four rows at a time.
+    #[inline(always)]
+    unsafe fn sums<S: Simd, V: Element>(&self, head: usize, v: Rows<V>, part: &Range<usize>) {
+        let (first, rows) = (head * self.head_rows(), self.head_rows());
+        let (width, stride, keys) = (self.scratch.value_dim, self.scratch.block, part.len());
+        let mut row = 0;
+        while row < rows {
+            let probabilities = self.at(self.scratch.scores + (first + row) * stride + part.start);
+            let out = self.at(self.scratch.out + (first + row) * width);
+            // Up to eight probabilities stay in registers while the columns pass.
+            row += match rows - row {
+                4.. => accumulate::<S, V, 4, 2>(probabilities, stride, v, keys, out, width),
+                2.. => accumulate::<S, V, 2, 4>(probabilities, stride, v, keys, out, width),
+                _ => accumulate_one::<S, V, 8>(probabilities, v, keys, out, width),
             };
         }
     }
@@ -183,41 +260,51 @@ impl Work<'_, '_> {
     #[inline(always)]
     unsafe fn softmax<S: Simd>(&self, keys: &Range<usize>) {
         let padded = keys.len().next_multiple_of(S::LANES);
-        for i in 0..self.rows() {
-            let scores = self.at(self.scratch.scores + i * self.scratch.block);
-            for key in keys.len()..padded {
-                scores.add(key).write(f32::NEG_INFINITY);
-            }
-            self.modify::<S>(self.task.rows.start + i, scores, keys, padded);
-            let state = self.at(self.scratch.state + 2 * i);
-            let (old, sum) = (state.read(), state.add(1).read());
-            let mut largest = S::splat(old);
-            for key in (0..padded).step_by(S::LANES) {
-                largest = S::max(S::load(scores.add(key)), largest);
-            }
-            let new = S::largest(largest);
-            let max = S::splat(new);
-            let mut total = S::splat(0.0);
-            for key in (0..padded).step_by(S::LANES) {
-                let probability = math::exp2::<S>(S::sub(S::load(scores.add(key)), max));
-                total = S::add(total, probability);
-                S::store(scores.add(key), probability);
-            }
-            let rescale = (old - new).exp2();
-            state.write(new);
-            state.add(1).write(sum * rescale + S::sum(total));
-            if rescale != 1.0 {
-                let out = self.at(self.scratch.out + i * self.scratch.value_dim);
-                for column in (0..self.scratch.value_dim).step_by(S::LANES) {
-                    S::store(out.add(column), S::mul(S::splat(rescale), S::load(out.add(column))));
+        let mut i = 0;
+        for head in 0..self.task.heads {
+            for row in self.task.rows.clone() {
+                let scores = self.at(self.scratch.scores + i * self.scratch.block);
+                for key in keys.len()..padded {
+                    scores.add(key).write(f32::NEG_INFINITY);
                 }
+                self.modify::<S>(head, row, scores, keys, padded);
+                self.normalize::<S>(i, scores, padded);
+                i += 1;
+            }
+        }
+    }
+
+    /// Scores of row number `i` become probabilities; what it accumulated is rescaled to the new maximum.
+    #[inline(always)]
+    unsafe fn normalize<S: Simd>(&self, i: usize, scores: *mut f32, padded: usize) {
+        let state = self.at(self.scratch.state + 2 * i);
+        let (old, sum) = (state.read(), state.add(1).read());
+        let mut largest = S::splat(old);
+        for key in (0..padded).step_by(S::LANES) {
+            largest = S::max(S::load(scores.add(key)), largest);
+        }
+        let new = S::largest(largest);
+        let max = S::splat(new);
+        let mut total = S::splat(0.0);
+        for key in (0..padded).step_by(S::LANES) {
+            let probability = math::exp2::<S>(S::sub(S::load(scores.add(key)), max));
+            total = S::add(total, probability);
+            S::store(scores.add(key), probability);
+        }
+        let rescale = if old == new { 1.0 } else { (old - new).exp2() };
+        state.write(new);
+        state.add(1).write(sum * rescale + S::sum(total));
+        if rescale != 1.0 {
+            let out = self.at(self.scratch.out + i * self.scratch.value_dim);
+            for column in (0..self.scratch.value_dim).step_by(S::LANES) {
+                S::store(out.add(column), S::mul(S::splat(rescale), S::load(out.add(column))));
             }
         }
     }
 
     /// Softcap, ALiBi, bias and visibility of one row.
     #[inline(always)]
-    unsafe fn modify<S: Simd>(&self, row: usize, scores: *mut f32, keys: &Range<usize>, padded: usize) {
+    unsafe fn modify<S: Simd>(&self, head: usize, row: usize, scores: *mut f32, keys: &Range<usize>, padded: usize) {
         let (problem, sequence) = (self.call.problem, &self.task.sequence);
         if problem.softcap > 0.0 {
             score::softcap::<S>(scores, padded, problem.softcap);
@@ -225,20 +312,8 @@ impl Work<'_, '_> {
                 scores.add(key).write(f32::NEG_INFINITY);
             }
         }
-        if let Some(slope) = self.call.alibi_slope(self.task, row) {
-            let diagonal = problem.mask.diagonal(self.call.query(row), sequence.query_len, sequence.key_len);
-            let slope = -slope * std::f32::consts::LOG2_E;
-            for (i, key) in keys.clone().enumerate() {
-                let p = scores.add(i);
-                p.write(p.read() + slope * (key as i64 - diagonal).unsigned_abs() as f32);
-            }
-        }
-        if let Some(bias) = score::BiasRow::of(self.call, self.task, row) {
-            let staged = self.at(self.scratch.bias);
-            bias.read(keys.clone(), staged);
-            for i in 0..keys.len() {
-                scores.add(i).write(scores.add(i).read() + staged.add(i).read());
-            }
+        if problem.alibi.is_some() || problem.bias.is_some() {
+            self.add(&self.call.of_head(self.task, head), row, scores, keys);
         }
         let visible = self.call.visible(sequence, row);
         for key in keys.start..visible.start.clamp(keys.start, keys.end) {
@@ -249,20 +324,24 @@ impl Work<'_, '_> {
         }
     }
 
-    /// Accumulates the values of all rows, up to four at a time.
+    /// Adds ALiBi and bias of one row.
     #[inline(always)]
-    unsafe fn values<S: Simd, V: Element>(&self, v: Rows<V>, keys: usize) {
-        let mut row = 0;
-        while row < self.rows() {
-            let probabilities = self.at(self.scratch.scores + row * self.scratch.block);
-            let out = self.at(self.scratch.out + row * self.scratch.value_dim);
-            let (stride, width) = (self.scratch.block, self.scratch.value_dim);
-            // Up to eight probabilities stay in registers while the columns pass.
-            row += match self.rows() - row {
-                4.. => accumulate::<S, V, 4, 2>(probabilities, stride, v, keys, out, width),
-                2.. => accumulate::<S, V, 2, 4>(probabilities, stride, v, keys, out, width),
-                _ => accumulate_one::<S, V, 8>(probabilities, v, keys, out, width),
-            };
+    unsafe fn add(&self, task: &Task, row: usize, scores: *mut f32, keys: &Range<usize>) {
+        let (mask, sequence) = (&self.call.problem.mask, &task.sequence);
+        if let Some(slope) = self.call.alibi_slope(task, row) {
+            let diagonal = mask.diagonal(self.call.query(row), sequence.query_len, sequence.key_len);
+            let slope = -slope * std::f32::consts::LOG2_E;
+            for (i, key) in keys.clone().enumerate() {
+                let p = scores.add(i);
+                p.write(p.read() + slope * (key as i64 - diagonal).unsigned_abs() as f32);
+            }
+        }
+        if let Some(bias) = score::BiasRow::of(self.call, task, row) {
+            let staged = self.at(self.scratch.bias);
+            bias.read(keys.clone(), staged);
+            for i in 0..keys.len() {
+                scores.add(i).write(scores.add(i).read() + staged.add(i).read());
+            }
         }
     }
 
@@ -270,12 +349,13 @@ impl Work<'_, '_> {
     #[inline(always)]
     unsafe fn finish<S: Simd, T: Element>(&self) {
         let value_dim = self.call.problem.value_dim;
-        for (i, row) in self.task.rows.clone().enumerate() {
+        for i in 0..self.rows() {
+            let (task, row) = self.row(i);
             let out = self.at(self.scratch.out + i * self.scratch.value_dim);
             let state = self.at(self.scratch.state + 2 * i);
             let (max, sum) = (state.read(), state.add(1).read());
-            if let Some(partial) = self.task.partial {
-                let to = partial.add(i * (value_dim + 2));
+            if let Some(partial) = task.partial {
+                let to = partial.add((row - task.rows.start) * (value_dim + 2));
                 to.copy_from_nonoverlapping(out, value_dim);
                 to.add(value_dim).write(max);
                 to.add(value_dim + 1).write(sum);
@@ -285,8 +365,8 @@ impl Work<'_, '_> {
             for column in (0..self.scratch.value_dim).step_by(S::LANES) {
                 S::store(out.add(column), S::mul(factor, S::load(out.add(column))));
             }
-            narrow::<S, T>(out, value_dim, self.call.out_row(self.task, row));
-            self.call.write_lse(self.task, row, max, sum);
+            narrow::<S, T>(out, value_dim, self.call.out_row(&task, row));
+            self.call.write_lse(&task, row, max, sum);
         }
     }
 }
@@ -303,7 +383,7 @@ unsafe fn dot<S: Simd, K: Element, const R: usize, const U: usize>(
 ) -> usize {
     for key in 0..keys {
         let from = k.row(key);
-        k.prefetch_behind::<S>(key);
+        k.prefetch_far::<S>(key);
         let mut acc = [[S::splat(0.0); U]; R];
         let mut i = 0;
         while i + U * S::LANES <= depth {
@@ -369,7 +449,7 @@ unsafe fn accumulate_keys<S: Simd, V: Element, const R: usize, const N: usize>(
         std::array::from_fn(|r| std::array::from_fn(|n| S::splat(probabilities.add(r * stride + n).read())));
     let rows: [*const V; N] = std::array::from_fn(|n| v.row(key + n));
     for n in 0..N {
-        v.prefetch_behind::<S>(key + n);
+        v.prefetch_far::<S>(key + n);
     }
     for column in (0..width).step_by(S::LANES) {
         let x: [S::Vector; N] = std::array::from_fn(|n| V::load::<S>(rows[n].add(column)));
@@ -418,7 +498,7 @@ unsafe fn accumulate_columns<S: Simd, V: Element, const N: usize>(
     let mut acc: [S::Vector; N] = std::array::from_fn(|n| S::load(out.add(n * S::LANES)));
     for key in 0..keys {
         if column == 0 {
-            v.prefetch_behind::<S>(key);
+            v.prefetch_far::<S>(key);
         }
         let from = v.row(key).add(column);
         let p = S::splat(probabilities.add(key).read());

@@ -22,11 +22,18 @@ pub(crate) struct Rows<T> {
     stride: isize,
     /// Elements of a row that are read.
     width: usize,
+    /// How many rows ahead [`Rows::prefetch_far`] asks; 0 for not at all.
+    ahead: usize,
 }
 
 impl<T> Rows<T> {
     pub(crate) const fn new(pointer: *const T, stride: isize, width: usize) -> Self {
-        Self { pointer, stride, width }
+        Self { pointer, stride, width, ahead: 0 }
+    }
+
+    /// The same rows, asked for `ahead` rows before they are read.
+    pub(crate) const fn with_ahead(self, ahead: usize) -> Self {
+        Self { ahead, ..self }
     }
 
     /// Whether each row follows its predecessor without a gap.
@@ -52,6 +59,18 @@ impl<T> Rows<T> {
         if !self.contiguous() {
             let row = self.pointer.wrapping_offset((index + AHEAD) as isize * self.stride);
             prefetch::<S>(row.cast(), self.width * size_of::<T>());
+        }
+    }
+
+    /// Asks for the row that `with_ahead` says, far from the processor: streams from memory need many requests in
+    /// flight.
+    #[inline(always)]
+    pub(crate) unsafe fn prefetch_far<S: Simd>(&self, index: usize) {
+        if self.ahead > 0 {
+            let row = self.pointer.wrapping_offset((index + self.ahead) as isize * self.stride).cast::<u8>();
+            for line in (0..self.width * size_of::<T>()).step_by(CACHE_LINE) {
+                S::prefetch_far(row.wrapping_add(line));
+            }
         }
     }
 }

@@ -89,7 +89,7 @@ pub(crate) unsafe fn forward(
     threads: usize,
     interrupted: &mut dyn FnMut() -> bool,
 ) -> Result<(), Error> {
-    let schedule = Schedule::new(call)?;
+    let schedule = Schedule::new(call, threads)?;
     let kernels = kernels(isa, call.problem.dtype);
     clear_uncovered(call, &schedule);
     let parallel = call.problem.flops() >= MIN_PARALLEL_FLOPS;
@@ -157,7 +157,7 @@ impl Run<'_> {
                 })
             }
             CpuPath::Decode => {
-                let scratch = (self.kernels.decode_scratch)(self.call, rows);
+                let scratch = (self.kernels.decode_scratch)(self.call, rows * self.schedule.task_heads());
                 with_scratch(scratch.len(), |block| {
                     // SAFETY: as above.
                     self.each(ticker, |task, ticker| unsafe {

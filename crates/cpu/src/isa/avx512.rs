@@ -282,6 +282,11 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn prefetch_far(p: *const u8) {
+        _mm_prefetch::<_MM_HINT_T1>(p.cast());
+    }
+
+    #[inline(always)]
     unsafe fn scores(
         vectors: usize,
         keys: *const f32,

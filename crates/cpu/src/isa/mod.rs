@@ -151,6 +151,8 @@ pub(crate) trait Simd: Copy + 'static {
 
     /// Asks for a cache line that will be read soon; any address will do.
     unsafe fn prefetch(p: *const u8);
+    /// Asks for a cache line in the second-level cache, which has room for more requests than the first has.
+    unsafe fn prefetch_far(p: *const u8);
 
     /// `scores[TILE][PANEL] = keys[TILE][depth] x queries[depth][PANEL]`; `row_max` gains the column maxima.
     /// `depth` is a multiple of 4; `key_stride` in elements. Only the first `vectors` vectors of a row are computed.

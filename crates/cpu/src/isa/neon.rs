@@ -260,6 +260,11 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
+    unsafe fn prefetch_far(p: *const u8) {
+        asm!("prfm pldl2keep, [{p}]", p = in(reg) p, options(nostack, preserves_flags, readonly));
+    }
+
+    #[inline(always)]
     unsafe fn scores(
         vectors: usize,
         keys: *const f32,

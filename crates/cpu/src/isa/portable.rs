@@ -134,6 +134,9 @@ impl Simd for Portable {
     unsafe fn prefetch(_: *const u8) {}
 
     #[inline(always)]
+    unsafe fn prefetch_far(_: *const u8) {}
+
+    #[inline(always)]
     unsafe fn scores(
         vectors: usize,
         keys: *const f32,

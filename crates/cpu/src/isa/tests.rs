@@ -498,6 +498,7 @@ unsafe fn values_tile<S: Simd>() {
 unsafe fn prefetches_anything<S: Simd>() {
     for address in [0, 1, 64, usize::MAX, usize::MAX / 2] {
         S::prefetch(black_box(std::ptr::without_provenance(address)));
+        S::prefetch_far(black_box(std::ptr::without_provenance(address)));
     }
 }
 
