@@ -23,11 +23,19 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("default")
 
 
+# Where the simulator finds its compiler, and keeps what that made.
+TOOLS = {"MTLFLASHATTN_CLANG", "MTLFLASHATTN_SIMULATOR_CACHE"}
+
+
+def _is_setting(name: str) -> bool:
+    return name.startswith("MTLFLASHATTN_") and name not in TOOLS
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No variable of ours, one generator state, and the same number of threads afterwards."""
     for name in list(os.environ):
-        if name.startswith("MTLFLASHATTN_"):
+        if _is_setting(name):
             monkeypatch.delenv(name)
     threads = torch.get_num_threads()
     torch.manual_seed(0)
@@ -43,7 +51,7 @@ def child() -> Child:
     """Runs code in an interpreter of its own, which must end well, and returns what it printed."""
 
     def run(code: str, *, status: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("MTLFLASHATTN_")}
+        inherited = {k: v for k, v in os.environ.items() if not _is_setting(k)}
         process = subprocess.run(
             [sys.executable, "-c", code],
             env={**inherited, **env},

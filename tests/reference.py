@@ -15,10 +15,16 @@ float32 in any order, and rounds once to the output's type. They are worst-case 
 roundings has a relative error of at most gamma(n) = n u / (1 - n u), with u = 2**-24. Elementary
 functions (exp, tanh, log) may be off by 2**-21. What that means for the score of each key, with its
 length D, moves the weights of n keys, whose sums add gamma(n); the output's type adds its own unit.
+
+Metal kernels differ in three points, as crates/core/src/reference/bounds.rs derives: `exp2` is off
+by up to 3 + 2 |x| units in the last place; the maximum that weights refer to lags behind by up to 8
+in units of log2, so that the number of rescalings grows with the distance and not with the keys;
+and the simdgroup kernel rounds weights to the type of v before it multiplies them.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +34,22 @@ FLOAT32 = 2.0**-24
 ELEMENTARY = 2.0**-21
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 TINY = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What may be rounded how; the default is float32 throughout."""
+
+    is_metal: bool = False
+    weights: torch.dtype = torch.float32
+
+    def weight_error(self, below: Tensor, keys: int) -> Tensor:
+        """Relative error of a weight whose score is `below` the maximum: exp2 and rescalings."""
+        if not self.is_metal:
+            # Subtracting the maximum and rescaling to later maxima: at most one for 16 keys.
+            return 2 * FLOAT32 * below + ELEMENTARY * (3 + keys / 16)
+        distance = below / math.log(2)
+        return FLOAT32 * (6 * (2 + distance / 8) + 5 * (distance + 16))
 
 
 @dataclass
@@ -55,7 +77,7 @@ class Reference:
     lse_bound: Tensor
 
     def check(self, out: Tensor, lse: Tensor | None = None) -> None:
-        """Asserts that results are as exact as float32 arithmetic allows."""
+        """Asserts that results, of any device, are as exact as the arithmetic allows."""
         assert_within("out", out, self.out, self.out_bound)
         if lse is not None:
             assert lse.dtype == torch.float32
@@ -67,13 +89,15 @@ def assert_within(name: str, got: Tensor, exact: Tensor, bound: Tensor) -> None:
     assert got.shape == exact.shape, f"{name} has shape {tuple(got.shape)}, not {exact.shape}"
     if exact.numel() == 0:
         return
-    got = got.double()
+    got = got.cpu().double()
     error = torch.where(got == exact, 0.0, (got - exact).abs())
     worst = (error / bound.clamp_min(1e-300)).nan_to_num(nan=torch.inf).max().item()
     assert worst <= 1.0, f"{name} is off by {worst:.3g} times its bound"
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Reference:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, rules: Rules, arithmetic: Arithmetic = Arithmetic()
+) -> Reference:
     """Dense attention: q `[B, Lq, H, D]`, k `[B, Lk, Hk, D]`, v `[B, Lk, Hk, Dv]`."""
     dtype = q.dtype
     heads, group = q.shape[2], q.shape[2] // k.shape[2]
@@ -92,17 +116,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Reference:
 
     keys = scores.shape[-1]
     summing = _gamma(2 * keys + 12)
-    # Subtracting the maximum and rescaling to later maxima: at most one rescaling for 16 keys.
-    rescaling = ELEMENTARY * (3 + keys / 16)
     below = torch.where(scores == -torch.inf, 0.0, largest - scores)
-    weight_error = torch.expm1(score_error + 2 * FLOAT32 * below + rescaling)
-    sink_error = torch.expm1(2 * FLOAT32 * (largest - sinks).clamp_max(1e6) + rescaling)
+    weight_error = torch.expm1(score_error + arithmetic.weight_error(below, keys))
+    # A sink at -inf has no weight, whatever its error.
+    sink_below = (largest - sinks).clamp_max(1e6)
+    sink_error = torch.expm1(arithmetic.weight_error(sink_below, keys).clamp_max(1.0))
     sink_weight = torch.where(empty, 0.0, torch.exp(sinks - largest) / total)
     mean_error = (probabilities * weight_error).sum(-1, keepdim=True) + sink_weight * sink_error
     size = probabilities @ v.abs()
     out_error = (probabilities * weight_error) @ v.abs() + mean_error * out.abs()
     # Weights below the smallest normal float32 may become 0.
     out_error = out_error / (1 - mean_error) + summing * (size + out.abs()) + keys * 2.0**-120
+    if arithmetic.weights != torch.float32:
+        lost = 0.5 * TINY[arithmetic.weights] * v.abs().sum(-2, keepdim=True)
+        out_error = out_error + UNIT[arithmetic.weights] * size + lost
     out_bound = 1.02 * out_error + UNIT[dtype] * (out.abs() + out_error) + TINY[dtype]
     lse_bound = 1.02 * (mean_error / (1 - mean_error) + summing + ELEMENTARY)
     lse_bound = lse_bound + 4 * FLOAT32 * (largest.abs() + torch.where(empty, 0.0, lse).abs() + 1)
@@ -115,7 +142,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Reference:
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: list[int], cu_k: list[int], rules: Rules
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: list[int],
+    cu_k: list[int],
+    rules: Rules,
+    arithmetic: Arithmetic = Arithmetic(),
 ) -> Reference:
     """Ragged attention: q `[Tq, H, D]`, k `[Tk, Hk, D]`, v `[Tk, Hk, Dv]`; see `attention`."""
     shape = (*q.shape[:2], v.shape[-1])
@@ -131,6 +164,7 @@ def packed_attention(
             k[None, keys],
             v[None, keys],
             Rules(**{**vars(rules), "alibi_slopes": own}),
+            arithmetic,
         )
         out[rows], out_bound[rows] = part.out[0], part.out_bound[0]
         lse[:, rows], lse_bound[:, rows] = part.lse[0], part.lse_bound[0]

@@ -5,11 +5,8 @@ Tolerances are the bounds of `reference`, derived from dtype, head dimension and
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import metal_flash_attn
@@ -31,24 +28,9 @@ from metal_flash_attn import (
 from reference import Rules, packed_attention
 from reference import attention as exact_attention
 from torch import Tensor
+from ways import Way, random_problems, ways
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-TIERS = ["cpu", "torch"]
-
-tiers = pytest.mark.parametrize("tier", TIERS)
-
-
-@contextlib.contextmanager
-def served_by(tier: str, chunk: int = 2048) -> Iterator[None]:
-    """Forces a tier, and requires that it served."""
-    os.environ["MTLFLASHATTN_KERNEL"] = tier
-    os.environ["MTLFLASHATTN_TORCH_CHUNK"] = str(chunk)
-    try:
-        with trace() as calls:
-            yield
-        assert {entry.tier for entry in calls.calls} == {tier}
-    finally:
-        del os.environ["MTLFLASHATTN_KERNEL"], os.environ["MTLFLASHATTN_TORCH_CHUNK"]
 
 
 def strided(draw: st.DrawFn, tensor: Tensor) -> Tensor:
@@ -81,133 +63,142 @@ def all_rules(draw: st.DrawFn, batch: int, heads: int) -> Rules:
     )
 
 
-def keywords(rules: Rules) -> dict[str, Any]:
+def keywords(way: Way, rules: Rules) -> dict[str, Any]:
+    slopes = rules.alibi_slopes
     return {
         "softmax_scale": rules.scale,
         "causal": rules.causal,
         "window_size": rules.window,
         "softcap": rules.softcap,
-        "alibi_slopes": rules.alibi_slopes,
+        "alibi_slopes": None if slopes is None else way.put(slopes),
     }
 
 
 @st.composite
-def heads_and_dims(draw: st.DrawFn) -> tuple[int, int, int]:
+def heads_and_dims(draw: st.DrawFn, way: Way) -> tuple[int, int, int]:
     """Heads of k, query heads for each of them, head dimension."""
-    dim = draw(st.one_of(st.sampled_from([1, 8, 40, 64, 80, 128, 256, 300]), st.integers(1, 70)))
+    usual = [1, 8, 40, 64, 80, 128, 256, 300]
+    if way.is_simulated:
+        # Every head dimension is a kernel of its own, which takes a second to compile.
+        return draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from(usual[:6]))
+    dim = draw(st.one_of(st.sampled_from(usual), st.integers(1, 70)))
     return draw(st.integers(1, 3)), draw(st.integers(1, 4)), dim
 
 
-@tiers
-@given(data=st.data())
-def test_dense_functions_are_exact(tier: str, data: st.DataObject) -> None:
+@random_problems
+def test_dense_functions_are_exact(way: Way, data: st.DataObject) -> None:
     draw: Any = data.draw
-    batch, query_len, key_len = draw(st.tuples(st.integers(1, 3), *[st.integers(1, 150)] * 2))
-    key_heads, group, dim = draw(heads_and_dims())
+    lengths = st.integers(1, way.at_most(150))
+    batch, query_len, key_len = draw(st.tuples(st.integers(1, 3), lengths, lengths))
+    key_heads, group, dim = draw(heads_and_dims(way))
     dtype = draw(st.sampled_from(DTYPES))
-    q = strided(draw, torch.randn(batch, query_len, key_heads * group, dim).to(dtype))
-    k, v = (strided(draw, torch.randn(batch, key_len, key_heads, dim).to(dtype)) for _ in range(2))
+    q, k, v = (
+        strided(draw, way.put(torch.randn(batch, length, heads, dim).to(dtype)))
+        for length, heads in [(query_len, key_heads * group), *[(key_len, key_heads)] * 2]
+    )
     rules = draw(all_rules(batch, q.shape[2]))
-    exact = exact_attention(q, k, v, rules)
-    with served_by(tier, draw(st.integers(1, 200))):
-        out, lse, empty = flash_attn_func(q, k, v, return_attn_probs=True, **keywords(rules))
+    exact = exact_attention(q.cpu(), k.cpu(), v.cpu(), rules, way.arithmetic(dtype))
+    options = keywords(way, rules)
+    with way.serves(draw(st.integers(1, 200))):
+        out, lse, empty = flash_attn_func(q, k, v, return_attn_probs=True, **options)
         exact.check(out, lse)
         like = q if q.stride(-1) == 1 or dim == 1 else q.contiguous()
         assert out.stride() == torch.empty_like(like).stride()
-        assert (empty.numel(), out.dtype) == (0, dtype)
+        assert (empty.numel(), out.dtype, out.device) == (0, dtype, q.device)
         kv = torch.stack([k, v], dim=2)
-        packed = flash_attn_kvpacked_func(q, kv, return_attn_probs=True, **keywords(rules))
+        packed = flash_attn_kvpacked_func(q, kv, return_attn_probs=True, **options)
         exact.check(*checked(packed))
-        exact.check(flash_attn_func(q, k, v, **keywords(rules)))
-    if tier == "cpu":
-        # Its sums do not depend on strides.
+        exact.check(flash_attn_func(q, k, v, **options))
+    if way.tier != "torch":
+        # Sums of an engine do not depend on strides.
         assert_same((out, lse), packed)
 
 
-@tiers
-@given(data=st.data())
-def test_qkvpacked_is_exact(tier: str, data: st.DataObject) -> None:
+@random_problems
+def test_qkvpacked_is_exact(way: Way, data: st.DataObject) -> None:
     draw: Any = data.draw
-    batch, length, heads = draw(
-        st.tuples(st.integers(1, 3), st.integers(1, 150), st.integers(1, 4))
-    )
-    _, _, dim = draw(heads_and_dims())
-    qkv = torch.randn(batch, length, 3, heads, dim).to(draw(st.sampled_from(DTYPES)))
+    length = st.integers(1, way.at_most(150))
+    batch, length, heads = draw(st.tuples(st.integers(1, 3), length, st.integers(1, 4)))
+    _, _, dim = draw(heads_and_dims(way))
+    qkv = way.put(torch.randn(batch, length, 3, heads, dim).to(draw(st.sampled_from(DTYPES))))
     qkv = draw(st.sampled_from([qkv, qkv.transpose(0, 1).contiguous().transpose(0, 1)]))
     rules = draw(all_rules(batch, heads))
-    q, k, v = qkv.unbind(2)
-    exact = exact_attention(q, k, v, rules)
-    with served_by(tier):
-        out, lse, _ = flash_attn_qkvpacked_func(qkv, return_attn_probs=True, **keywords(rules))
+    q, k, v = qkv.cpu().unbind(2)
+    exact = exact_attention(q, k, v, rules, way.arithmetic(qkv.dtype))
+    with way.serves():
+        options = keywords(way, rules)
+        out, lse, _ = flash_attn_qkvpacked_func(qkv, return_attn_probs=True, **options)
         exact.check(out, lse)
         assert out.stride() == torch.empty_like(qkv[:, :, 0]).stride()
 
 
 @st.composite
-def offsets(draw: st.DrawFn, batch: int) -> tuple[list[int], int, int]:
+def offsets(draw: st.DrawFn, way: Way, batch: int) -> tuple[list[int], int, int]:
     """Offsets of ragged, sometimes empty sequences; rows in all; the longest length."""
-    lengths = draw(st.lists(st.integers(0, 70), min_size=batch, max_size=batch))
+    length = st.integers(0, way.at_most(70))
+    lengths = draw(st.lists(length, min_size=batch, max_size=batch))
     start = draw(st.integers(0, 3))
     ends = [start + sum(lengths[: i + 1]) for i in range(batch)]
     total = ends[-1] + draw(st.integers(0, 5)) if ends else start + draw(st.integers(0, 5))
     return [start, *ends], total, max(lengths, default=0) + draw(st.integers(0, 9))
 
 
-@tiers
-@given(data=st.data())
-def test_varlen_functions_are_exact(tier: str, data: st.DataObject) -> None:
+@random_problems
+def test_varlen_functions_are_exact(way: Way, data: st.DataObject) -> None:
     draw: Any = data.draw
     batch = draw(st.integers(0, 4))
-    cu_q, total_q, max_q = draw(offsets(batch))
-    cu_k, total_k, max_k = draw(offsets(batch))
-    key_heads, group, dim = draw(heads_and_dims())
+    cu_q, total_q, max_q = draw(offsets(way, batch))
+    cu_k, total_k, max_k = draw(offsets(way, batch))
+    key_heads, group, dim = draw(heads_and_dims(way))
     dtype = draw(st.sampled_from(DTYPES))
-    q = strided(draw, torch.randn(total_q, key_heads * group, dim).to(dtype))
-    k, v = (strided(draw, torch.randn(total_k, key_heads, dim).to(dtype)) for _ in range(2))
+    q, k, v = (
+        strided(draw, way.put(torch.randn(total, heads, dim).to(dtype)))
+        for total, heads in [(total_q, key_heads * group), *[(total_k, key_heads)] * 2]
+    )
     rules = draw(all_rules(batch, q.shape[1]))
-    exact = packed_attention(q, k, v, cu_q, cu_k, rules)
-    lengths = (*(torch.tensor(cu, dtype=torch.int32) for cu in (cu_q, cu_k)), max_q, max_k)
-    options = {"return_attn_probs": True, **keywords(rules)}
-    with served_by(tier, draw(st.integers(1, 90))):
+    exact = packed_attention(q.cpu(), k.cpu(), v.cpu(), cu_q, cu_k, rules, way.arithmetic(dtype))
+    lengths = (*(way.put(torch.tensor(cu, dtype=torch.int32)) for cu in (cu_q, cu_k)), max_q, max_k)
+    options = {"return_attn_probs": True, **keywords(way, rules)}
+    with way.serves(draw(st.integers(1, 90))):
         out, lse, empty = flash_attn_varlen_func(q, k, v, *lengths, **options)
         exact.check(out, lse)
-        assert (empty.numel(), out.dtype) == (0, dtype)
+        assert (empty.numel(), out.dtype, out.device) == (0, dtype, q.device)
         kv = torch.stack([k, v], dim=1)
-        exact.check(*checked(flash_attn_varlen_kvpacked_func(q, kv, *lengths, **options)))
+        packed = flash_attn_varlen_kvpacked_func(q, kv, *lengths, **options)
+        exact.check(*checked(packed))
 
 
-@tiers
-@given(data=st.data())
-def test_varlen_qkvpacked_is_exact(tier: str, data: st.DataObject) -> None:
+@random_problems
+def test_varlen_qkvpacked_is_exact(way: Way, data: st.DataObject) -> None:
     draw: Any = data.draw
-    cu, total, longest = draw(offsets(3))
-    heads, _, dim = draw(heads_and_dims())
-    qkv = torch.randn(total, 3, heads, dim).to(draw(st.sampled_from(DTYPES)))
+    cu, total, longest = draw(offsets(way, 3))
+    heads, _, dim = draw(heads_and_dims(way))
+    qkv = way.put(torch.randn(total, 3, heads, dim).to(draw(st.sampled_from(DTYPES))))
     rules = draw(all_rules(3, heads))
-    q, k, v = qkv.unbind(1)
-    exact = packed_attention(q, k, v, cu, cu, rules)
-    with served_by(tier):
+    q, k, v = qkv.cpu().unbind(1)
+    exact = packed_attention(q, k, v, cu, cu, rules, way.arithmetic(qkv.dtype))
+    with way.serves():
         out, lse, _ = flash_attn_varlen_qkvpacked_func(
             qkv,
-            torch.tensor(cu, dtype=torch.int32),
+            way.put(torch.tensor(cu, dtype=torch.int32)),
             longest,
             return_attn_probs=True,
-            **keywords(rules),
+            **keywords(way, rules),
         )
         exact.check(out, lse)
 
 
-@tiers
-@given(data=st.data())
-def test_attention_is_exact(tier: str, data: st.DataObject) -> None:
+@random_problems
+def test_attention_is_exact(way: Way, data: st.DataObject) -> None:
     draw: Any = data.draw
-    batch, query_len, key_len = draw(st.tuples(st.integers(1, 3), *[st.integers(0, 90)] * 2))
-    key_heads, group, dim = draw(heads_and_dims())
-    value_dim = draw(st.one_of(st.just(dim), st.integers(1, 70)))
+    lengths = st.integers(0, way.at_most(90))
+    batch, query_len, key_len = draw(st.tuples(st.integers(1, 3), lengths, lengths))
+    key_heads, group, dim = draw(heads_and_dims(way))
+    value_dim = draw(st.sampled_from([dim, 24]) if way.is_simulated else st.integers(1, 70))
     dtype, heads = draw(st.sampled_from(DTYPES)), key_heads * group
-    q = strided(draw, torch.randn(batch, query_len, heads, dim).to(dtype))
-    k = strided(draw, torch.randn(batch, key_len, key_heads, dim).to(dtype))
-    v = strided(draw, torch.randn(batch, key_len, key_heads, value_dim).to(dtype))
+    q = strided(draw, way.put(torch.randn(batch, query_len, heads, dim).to(dtype)))
+    k = strided(draw, way.put(torch.randn(batch, key_len, key_heads, dim).to(dtype)))
+    v = strided(draw, way.put(torch.randn(batch, key_len, key_heads, value_dim).to(dtype)))
     rules = draw(all_rules(batch, heads))
     rules.top_left = draw(st.booleans())
     sizes = (batch, heads, query_len, key_len)
@@ -221,18 +212,18 @@ def test_attention_is_exact(tier: str, data: st.DataObject) -> None:
     rules.sinks = draw(
         st.sampled_from([None, torch.randn(heads), torch.full((heads,), -torch.inf)])
     )
-    exact = exact_attention(q, k, v, rules)
-    with served_by(tier, draw(st.integers(1, 200))):
+    exact = exact_attention(q.cpu(), k.cpu(), v.cpu(), rules, way.arithmetic(dtype))
+    extras: dict[str, Any] = {"bias": rules.bias, "mask": rules.mask, "sinks": rules.sinks}
+    extras = {name: extra if extra is None else way.put(extra) for name, extra in extras.items()}
+    with way.serves(draw(st.integers(1, 200))):
         out, lse = attention(
             q,
             k,
             v,
-            bias=rules.bias,
-            mask=rules.mask,
-            sinks=rules.sinks,
             top_left=rules.top_left,
             return_lse=True,
-            **keywords(rules),
+            **extras,
+            **keywords(way, rules),
         )
         exact.check(out, lse)
 
@@ -261,11 +252,11 @@ def test_results_depend_neither_on_threads_nor_on_luck(
         assert_same(results[0], result)
 
 
-@tiers
+@ways
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_without_keys_are_zero_with_infinite_lse(tier: str, dtype: torch.dtype) -> None:
-    q, k = torch.randn(1, 5, 2, 8).to(dtype), torch.randn(1, 3, 2, 8).to(dtype)
-    with served_by(tier):
+def test_rows_without_keys_are_zero_with_infinite_lse(way: Way, dtype: torch.dtype) -> None:
+    q, k = (way.put(torch.randn(1, length, 2, 8).to(dtype)) for length in (5, 3))
+    with way.serves():
         out, lse, _ = flash_attn_func(q, k, k, causal=True, return_attn_probs=True)
         none, none_lse, _ = flash_attn_func(q, k[:, :0], k[:, :0], return_attn_probs=True)
     assert out[:, :2].eq(0).all()
@@ -275,26 +266,26 @@ def test_rows_without_keys_are_zero_with_infinite_lse(tier: str, dtype: torch.dt
     assert none_lse.eq(torch.inf).all()
 
 
-@tiers
+@ways
 @pytest.mark.parametrize(
     ("batch", "query_len", "key_len"), [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0), (1, 0, 0)]
 )
-def test_zero_sizes(tier: str, batch: int, query_len: int, key_len: int) -> None:
-    q = torch.randn(batch, query_len, 2, 8)
-    k = torch.randn(batch, key_len, 1, 8)
-    with served_by(tier):
+def test_zero_sizes(way: Way, batch: int, query_len: int, key_len: int) -> None:
+    q = way.put(torch.randn(batch, query_len, 2, 8))
+    k = way.put(torch.randn(batch, key_len, 1, 8))
+    with way.serves():
         out, lse, _ = flash_attn_func(q, k, k, causal=True, return_attn_probs=True)
     assert (out.shape, lse.shape) == (q.shape, (batch, 2, query_len))
     assert out.eq(0).all()
 
 
-@tiers
+@ways
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_poison_stays_in_the_rows_that_see_it(tier: str, poison: float) -> None:
+def test_poison_stays_in_the_rows_that_see_it(way: Way, poison: float) -> None:
     q, k, v = torch.randn(3, 1, 40, 2, 16)
     k[0, 30, 0] = poison
-    with served_by(tier):
-        out = flash_attn_func(q, k, v, causal=True)
+    with way.serves():
+        out = flash_attn_func(way.put(q), way.put(k), way.put(v), causal=True)
     assert out[0, :30].isfinite().all()
     assert out[0, :, 1].isfinite().all()
     if math.isnan(poison):
@@ -413,7 +404,7 @@ def test_plan_names_tier_and_reasons() -> None:
     assert chosen.tier == "cpu"
     assert chosen.isa in metal_flash_attn._native.instruction_sets()
     reasons = dict(chosen.reasons)
-    assert reasons["torch"] == "a faster tier serves this call"
+    assert reasons["torch"] == "cpu comes before it and serves this call"
     assert reasons["simdgroup"] == "needs tensors on an MPS device"
     assert repr(chosen).startswith(f"Plan(tier='cpu', isa='{chosen.isa}', reasons=[('")
     assert chosen == plan(q, q, q)

@@ -3,13 +3,14 @@
 use mtlflashattn_core::plan::occupancy::{CLASSES, MOST_HALVES, THREADGROUP_MEMORY};
 use mtlflashattn_core::plan::{Chip, Explanation, Gpu, Traffic, Version, explain};
 use mtlflashattn_core::{
-    self as core, BiasKind, Demotions, Device, Dtype, Lengths, MetalTile, Options, Plan, Planner, Problem, Settings,
-    Strides, TensorMeta, Tier, settings,
+    self as core, BiasKind, Demotions, Device, Dtype, Lengths, MetalTile, Options, Planner, Problem, Settings, Strides,
+    TensorMeta, Tier, settings,
 };
 use mtlflashattn_metal::{Kernel, Launch, LseStrides, Outputs};
 use pyo3::prelude::*;
 
 use crate::error::{Result, guard};
+use crate::metal::kernel_of;
 use crate::{gpu, settings as process};
 
 /// The options of the command line, by their names there.
@@ -343,14 +344,6 @@ pub struct PlanAnswer {
     launch: Option<LaunchAnswer>,
     predicted: Option<Prediction>,
     passed_over: Vec<PassedOver>,
-}
-
-fn kernel_of(plan: &Plan, problem: &Problem, lse: bool) -> Option<Kernel> {
-    match (plan.tier, plan.metal) {
-        (Tier::Simdgroup, Some(tile)) => Some(Kernel::simdgroup(problem, tile, lse)),
-        (Tier::Scalar, _) => Some(Kernel::scalar(problem, lse)),
-        _ => None,
-    }
 }
 
 /// Plans a call on a GPU that need not be here. `MTLFLASHATTN_KERNEL` counts, no other setting does.

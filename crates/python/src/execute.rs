@@ -108,7 +108,8 @@ pub fn execute<'py>(
     let small = problem.flops() < SMALL_FLOPS;
     let threads = if small || !on_cpu { 1 } else { torch.num_threads(py)? };
     let device = if on_cpu { cpu_device(isa, threads) } else { Device::Torch };
-    let plan = Planner { device, settings: &settings.values, demotions: Demotions::NONE }.plan(problem)?;
+    let planner = Planner { device, settings: &settings.values, demotions: Demotions::NONE };
+    let plan = planner.plan(problem)?;
     let results = allocate(torch, form, &objects, &described, want_lse)?;
     match (plan.tier, &plan.cpu) {
         (Tier::Cpu, Some(tile)) => {
@@ -117,7 +118,7 @@ pub fn execute<'py>(
         }
         _ => run_torch(py, form, numbers, &objects, &offsets, problem, &settings.values, &results)?,
     }
-    trace::record(py, &settings.values, problem, plan.tier)?;
+    trace::record(py, &planner, problem, &plan)?;
     Ok(results.into_python(py)?)
 }
 
@@ -147,18 +148,18 @@ fn execute_on_metal<'py>(
     let mut operands = None;
     let mut demotions = Demotions::default();
     let mut plan = resolved.plans.get(problem, gpu, settings)?;
-    let tier = loop {
+    loop {
         let Some(kernel) = metal::kernel_of(&plan, problem, want_lse) else {
             let offsets = Offsets::read(torch, form, objects, views, problem)?;
             run_torch(py, form, numbers, objects, &offsets, problem, settings, &results)?;
-            break plan.tier;
+            break;
         };
         let operands = match &mut operands {
             Some(operands) => operands,
             none => none.insert(self::operands(call, &results)?),
         };
         match device.attend(py, problem, &kernel, operands, settings.probe) {
-            Ok(()) => break plan.tier,
+            Ok(()) => break,
             Err(Fault::Raised(error)) => return Err(error),
             Err(fault) => {
                 demotions.demote(plan.tier, fault.reason());
@@ -168,8 +169,9 @@ fn execute_on_metal<'py>(
                 plan = next;
             }
         }
-    };
-    trace::record(py, settings, problem, tier)?;
+    }
+    let planner = Planner { device: Device::Metal(gpu), settings, demotions: &demotions };
+    trace::record(py, &planner, problem, &plan)?;
     Ok(results.into_python(py)?)
 }
 

@@ -45,5 +45,7 @@ mod _native {
     #[pymodule_export]
     use super::settings::_pretend_mps;
     #[pymodule_export]
+    use super::simulated::{SimulatedLibrary, SimulatedPipeline};
+    #[pymodule_export]
     use super::trace::{TraceBlock, TraceEntry};
 }

@@ -45,7 +45,7 @@ impl MetalDevice {
     ) -> Result<(), Fault> {
         match self {
             Self::Mps => attend(&Mps::new(py), problem, kernel, operands, check),
-            Self::Simulator => attend(&Simulated::new(py)?, problem, kernel, operands, check),
+            Self::Simulator => attend(&Simulated::new(py), problem, kernel, operands, check),
         }
     }
 

@@ -138,6 +138,15 @@ impl View {
         self
     }
 
+    /// Bytes from the first element to the end of the last one; strides of torch are never negative.
+    pub fn extent(&self) -> usize {
+        if self.is_empty() {
+            return 0;
+        }
+        let last: i64 = self.shape().iter().zip(self.strides()).map(|(size, stride)| (size - 1) * stride).sum();
+        (last as usize + 1) * self.element.size()
+    }
+
     /// Whether elements lie at multiples of their size, as typed loads require.
     pub fn is_aligned(&self) -> bool {
         self.data.addr().is_multiple_of(self.element.size())

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use mtlflashattn_core::{Problem, Settings, Tier, Trace, trace};
+use mtlflashattn_core::{Plan, Planner, Problem, Trace, trace};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyCFunction, PyTuple};
@@ -21,14 +21,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Counts one call that `tier` served, wherever somebody asked for it.
-pub fn record(py: Python<'_>, settings: &Settings, problem: &Problem, tier: Tier) -> PyResult<()> {
-    if settings.trace {
-        lock(AT_EXIT.get_or_try_init(py, || report_at_exit(py))?).record(problem, tier);
+/// Counts one call that `plan` of `planner` served, wherever somebody asked for it.
+pub fn record(py: Python<'_>, planner: &Planner<'_>, problem: &Problem, plan: &Plan) -> PyResult<()> {
+    let passed_over = || planner.passed_over(problem, plan);
+    if planner.settings.trace {
+        lock(AT_EXIT.get_or_try_init(py, || report_at_exit(py))?).record(problem, plan.tier, passed_over);
     }
     if OPEN_COUNT.load(Ordering::Relaxed) > 0 {
         for open in &*lock(&OPEN) {
-            lock(open).record(problem, tier);
+            lock(open).record(problem, plan.tier, passed_over);
         }
     }
     Ok(())
