@@ -4,6 +4,7 @@ use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::fmt::Write as _;
 
+use crate::plan::Reason;
 use crate::{Dtype, Problem, Tier};
 
 /// What calls are told apart by. Field order is the order of equally frequent entries in a report.
@@ -61,16 +62,30 @@ pub const MAX_KEYS: usize = 4096;
 /// Counts calls by [`Key`], in bounded memory.
 #[derive(Clone, Debug, Default)]
 pub struct Trace {
-    calls: HashMap<Key, u64>,
+    calls: HashMap<Key, Calls>,
     other_calls: u64,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Calls {
+    count: u64,
+    /// The tiers before the one that served, with the reasons of the first call.
+    passed_over: Vec<(Tier, String)>,
 }
 
 impl Trace {
     /// Counts one call that `tier` served. Calls with a new key are counted together once there are [`MAX_KEYS`] keys.
-    pub fn record(&mut self, problem: &Problem, tier: Tier) {
+    /// `passed_over` gives the reasons of the other tiers; it is called for the first call of a key only.
+    pub fn record(&mut self, problem: &Problem, tier: Tier, passed_over: impl FnOnce() -> Vec<(Tier, Reason)>) {
         let key = Key::of(problem, tier);
-        if self.calls.len() < MAX_KEYS || self.calls.contains_key(&key) {
-            *self.calls.entry(key).or_default() += 1;
+        if let Some(calls) = self.calls.get_mut(&key) {
+            calls.count += 1;
+        } else if self.calls.len() < MAX_KEYS {
+            let before = Tier::ALL.into_iter().take_while(|&other| other != tier);
+            let mut reasons = passed_over();
+            reasons.retain(|(other, _)| before.clone().any(|tier| tier == *other));
+            let passed_over = reasons.into_iter().map(|(tier, reason)| (tier, reason.to_string())).collect();
+            self.calls.insert(key, Calls { count: 1, passed_over });
         } else {
             self.other_calls += 1;
         }
@@ -79,9 +94,24 @@ impl Trace {
     /// The counts, most frequent first.
     #[must_use]
     pub fn entries(&self) -> Vec<Entry> {
-        let mut entries: Vec<Entry> = self.calls.iter().map(|(&key, &calls)| Entry { calls, key }).collect();
+        let mut entries: Vec<Entry> =
+            self.calls.iter().map(|(&key, calls)| Entry { calls: calls.count, key }).collect();
         entries.sort_by_cached_key(|entry| (Reverse(entry.calls), entry.key.rank()));
         entries
+    }
+
+    /// The reasons for which tiers were passed over, in the order of the tiers, each with the number of its calls.
+    fn reasons(&self) -> Vec<(Tier, &str, u64)> {
+        let mut counts: HashMap<(Tier, &str), u64> = HashMap::new();
+        for Calls { count, passed_over } in self.calls.values() {
+            for (tier, reason) in passed_over {
+                *counts.entry((*tier, reason)).or_default() += count;
+            }
+        }
+        let mut reasons: Vec<_> = counts.into_iter().map(|((tier, reason), calls)| (tier, reason, calls)).collect();
+        let place = |tier| Tier::ALL.into_iter().position(|other| other == tier);
+        reasons.sort_by_key(|&(tier, reason, calls)| (place(tier), Reverse(calls), reason));
+        reasons
     }
 
     /// Calls whose key is in no entry, because it came after [`MAX_KEYS`] others.
@@ -93,11 +123,12 @@ impl Trace {
     /// Every call.
     #[must_use]
     pub fn total_calls(&self) -> u64 {
-        self.calls.values().sum::<u64>() + self.other_calls
+        self.calls.values().map(|calls| calls.count).sum::<u64>() + self.other_calls
     }
 
     /// The report that `MTLFLASHATTN_TRACE` prints: a headline and a line per entry, without a final line break; empty
-    /// when nothing was recorded. Lq and Lk are the lengths, D is the head dimension (of q and v where they differ).
+    /// when nothing was recorded. Lq and Lk are the lengths, D is the head dimension (of q and v where they differ). Below
+    /// them stand the reasons for which better tiers did not serve.
     #[must_use]
     pub fn summary(&self) -> String {
         let entries = self.entries();
@@ -125,6 +156,13 @@ impl Trace {
         if self.other_calls > 0 {
             let _ = write!(text, "\n  calls={:<6} other shapes, beyond the first {MAX_KEYS} combos", self.other_calls);
         }
+        let reasons = self.reasons();
+        if !reasons.is_empty() {
+            text.push_str("\n  passed over:");
+        }
+        for (tier, reason, calls) in reasons {
+            let _ = write!(text, "\n  calls={calls:<6} {tier}: {reason}");
+        }
         text
     }
 }
@@ -133,6 +171,10 @@ impl Trace {
 mod tests {
     use super::*;
     use crate::{Options, TensorMeta};
+
+    fn alone() -> Vec<(Tier, Reason)> {
+        Vec::new()
+    }
 
     fn problem(dtype: Dtype, [query_len, key_len]: [i64; 2], [head_dim, value_dim]: [i64; 2], causal: bool) -> Problem {
         let meta = |shape| TensorMeta { dtype, shape, strides: &[0, 0, 0, 1] };
@@ -150,11 +192,11 @@ mod tests {
             problem(Dtype::F32, [77, 77], [192, 128], true),
         );
         for _ in 0..990 {
-            trace.record(&long, Tier::Cpu);
+            trace.record(&long, Tier::Cpu, alone);
         }
-        trace.record(&causal, Tier::Cpu);
-        trace.record(&short, Tier::Torch);
-        trace.record(&short, Tier::Torch);
+        trace.record(&causal, Tier::Cpu, alone);
+        trace.record(&short, Tier::Torch, alone);
+        trace.record(&short, Tier::Torch, alone);
         assert_eq!(
             trace.summary(),
             "[MTLFLASHATTN_TRACE] 993 attention call(s), 3 distinct shape/tier combos:\n  \
@@ -170,12 +212,40 @@ mod tests {
     }
 
     #[test]
+    fn the_reasons_of_better_tiers_are_counted_and_asked_for_once() {
+        let mut trace = Trace::default();
+        let asked = std::cell::Cell::new(0);
+        let why = || {
+            asked.set(asked.get() + 1);
+            vec![
+                (Tier::Tensorops, Reason::NeedsMetal),
+                (Tier::Simdgroup, Reason::Demoted("no compiler".into())),
+                (Tier::Scalar, Reason::After(Tier::Torch)),
+            ]
+        };
+        for query_len in [5, 5, 6] {
+            trace.record(&problem(Dtype::F32, [query_len, 9], [8, 8], false), Tier::Torch, why);
+        }
+        trace.record(&problem(Dtype::F32, [5, 9], [8, 8], false), Tier::Cpu, || {
+            vec![(Tier::Tensorops, Reason::NeedsMetal), (Tier::Torch, Reason::After(Tier::Cpu))]
+        });
+        assert_eq!(asked.get(), 2);
+        let summary = trace.summary();
+        let (_, reasons) = summary.split_once("\n  passed over:\n").unwrap();
+        assert_eq!(
+            reasons,
+            "  calls=4      tensorops: needs tensors on an MPS device\n  \
+             calls=3      simdgroup: failed earlier in this process: no compiler"
+        );
+    }
+
+    #[test]
     fn every_field_of_the_key_tells_calls_apart() {
         let mut trace = Trace::default();
         let same = problem(Dtype::F32, [7, 9], [8, 8], false);
-        trace.record(&same, Tier::Cpu);
-        trace.record(&same, Tier::Cpu);
-        trace.record(&same, Tier::Torch);
+        trace.record(&same, Tier::Cpu, alone);
+        trace.record(&same, Tier::Cpu, alone);
+        trace.record(&same, Tier::Torch, alone);
         for other in [
             problem(Dtype::F16, [7, 9], [8, 8], false),
             problem(Dtype::F32, [8, 9], [8, 8], false),
@@ -184,7 +254,7 @@ mod tests {
             problem(Dtype::F32, [7, 9], [8, 16], false),
             problem(Dtype::F32, [7, 9], [8, 8], true),
         ] {
-            trace.record(&other, Tier::Cpu);
+            trace.record(&other, Tier::Cpu, alone);
         }
         let entries = trace.entries();
         assert_eq!(entries.len(), 8);
@@ -197,9 +267,9 @@ mod tests {
         let mut trace = Trace::default();
         let at = |query_len: usize| problem(Dtype::F32, [query_len as i64, 3], [8, 8], false);
         for query_len in 1..=MAX_KEYS + 10 {
-            trace.record(&at(query_len), Tier::Cpu);
+            trace.record(&at(query_len), Tier::Cpu, alone);
         }
-        trace.record(&at(1), Tier::Cpu);
+        trace.record(&at(1), Tier::Cpu, alone);
         assert_eq!(trace.entries().len(), MAX_KEYS);
         assert_eq!(trace.entries()[0], Entry { calls: 2, key: Key::of(&at(1), Tier::Cpu) });
         assert_eq!((trace.other_calls(), trace.total_calls()), (10, MAX_KEYS as u64 + 11));

@@ -348,6 +348,7 @@ pub struct PlanAnswer {
 
 /// Plans a call on a GPU that need not be here. `MTLFLASHATTN_KERNEL` counts, no other setting does.
 #[pyfunction]
+#[allow(clippy::needless_pass_by_value, reason = "arguments of Python functions are owned")]
 pub fn _plan_elsewhere(py: Python<'_>, question: Question) -> PyResult<PlanAnswer> {
     guard(|| {
         let problem = question.problem()?;
@@ -393,6 +394,7 @@ fn tier_named(name: &str) -> core::Result<Tier> {
 
 /// The text of a tier's kernel for a call, for a GPU that need not be here.
 #[pyfunction]
+#[allow(clippy::needless_pass_by_value, reason = "arguments of Python functions are owned")]
 pub fn _kernel_text(py: Python<'_>, question: Question) -> PyResult<MslAnswer> {
     guard(|| {
         let tier = tier_named(question.tier.as_deref().unwrap_or("simdgroup"))?;
