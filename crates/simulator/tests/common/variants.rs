@@ -1,0 +1,168 @@
+//! Kernel variants that together have every feature, dtype, head-dimension class and tile, and random problems for them.
+
+use mtlflashattn_core::plan::QueryHome;
+use mtlflashattn_core::{BiasKind, Dtype, MetalTile};
+use mtlflashattn_metal::Kernel;
+use proptest::prelude::*;
+
+use super::{Case, Order, Run};
+
+/// A kernel variant: the features of a problem, and its tile (`None` is the scalar kernel).
+#[derive(Clone, Debug)]
+pub struct Variant {
+    pub name: &'static str,
+    pub case: Case,
+    pub tile: Option<MetalTile>,
+}
+
+impl Variant {
+    pub fn kernel(&self, run: &Run) -> Kernel {
+        let kernel = match self.tile {
+            Some(tile) => Kernel::simdgroup(&run.problem, tile, self.case.lse),
+            None => Kernel::scalar(&run.problem, self.case.lse),
+        };
+        assert!(kernel.fits(), "{}", self.name);
+        kernel
+    }
+
+    /// Problems that this variant serves, with lengths up to `most`.
+    pub fn cases(&self, most: usize) -> impl Strategy<Value = Case> + use<> {
+        let template = self.case.clone();
+        let length = (1..=most, 0..=most + most / 2);
+        let lengths = if template.packed {
+            prop::collection::vec((0..=most, 0..=most + most / 2), 1..=3).boxed()
+        } else {
+            (length, 1..=2usize).prop_map(|(length, batch)| vec![length; batch]).boxed()
+        };
+        let order = prop_oneof![Just(Order::RowMajor), Just(Order::HeadMajor), Just(Order::Sliced)];
+        let window = (0..=most as i64, 0..=most as i64);
+        let shape = (lengths, 1..=2usize, 1..=3usize, order.clone(), order);
+        let numbers = (
+            any::<[bool; 4]>(),
+            any::<bool>(),
+            prop_oneof![4 => Just(1.0), 1 => Just(-1.5), 1 => Just(0.0)],
+            prop_oneof![3 => Just(1.0), 1 => Just(12.0)],
+            0..=3usize,
+            any::<u64>(),
+        );
+        (shape, window, numbers).prop_map(move |(shape, window, numbers)| {
+            let (lengths, key_heads, group, order, out_order) = shape;
+            let (broadcast, top_left, scale, spread, slack, seed) = numbers;
+            let bound = |template: i64, random: i64| if template > 0 { random } else { template };
+            Case {
+                lengths,
+                key_heads,
+                group,
+                order,
+                out_order,
+                window: (bound(template.window.0, window.0), bound(template.window.1, window.1)),
+                broadcast,
+                top_left,
+                scale,
+                spread,
+                slack: if template.packed { slack } else { 0 },
+                loose: if template.packed { 5 * slack } else { 0 },
+                seed,
+                ..template.clone()
+            }
+        })
+    }
+}
+
+const fn tile(simdgroups: usize, row_fragments: usize, keys: usize, value_chunk: usize) -> MetalTile {
+    MetalTile { simdgroups, row_fragments, keys, staged: false, value_chunk, query: QueryHome::Registers }
+}
+
+const fn staged(tile: MetalTile) -> MetalTile {
+    MetalTile { staged: true, ..tile }
+}
+
+const fn query_in(query: QueryHome, tile: MetalTile) -> MetalTile {
+    MetalTile { query, ..tile }
+}
+
+fn dims(dtype: Dtype, head_dim: usize, value_dim: usize) -> Case {
+    Case { dtype, head_dim, value_dim, ..Case::default() }
+}
+
+/// A window bound of the template that becomes a random one.
+const RANDOM: i64 = i64::MAX;
+
+/// Variants of the simdgroup kernel.
+pub fn simdgroup() -> Vec<Variant> {
+    use Dtype::{Bf16, F16, F32};
+    let additive = |dtype| Some(BiasKind::Additive(dtype));
+    let list = [
+        ("f16 64 direct", dims(F16, 64, 64), tile(4, 2, 32, 64)),
+        ("f16 64 staged causal", Case { window: (-1, 0), ..dims(F16, 64, 64) }, staged(tile(4, 2, 32, 64))),
+        (
+            "bf16 128 packed window",
+            Case { window: (RANDOM, RANDOM), packed: true, ..dims(Bf16, 128, 128) },
+            tile(4, 1, 16, 128),
+        ),
+        (
+            "f32 32/48 softcap alibi",
+            Case { softcap: 3.0, alibi: 1, window: (-1, RANDOM), ..dims(F32, 32, 48) },
+            tile(2, 1, 32, 48),
+        ),
+        ("f16 80 bias", Case { bias: additive(F16), ..dims(F16, 80, 80) }, staged(tile(8, 1, 32, 80))),
+        (
+            "f16 72 boolean mask",
+            Case { bias: Some(BiasKind::Boolean), window: (RANDOM, -1), sinks: true, ..dims(F16, 72, 72) },
+            tile(4, 1, 32, 72),
+        ),
+        ("bf16 20/12 float bias", Case { bias: additive(F32), sinks: true, ..dims(Bf16, 20, 12) }, tile(1, 2, 16, 16)),
+        (
+            "f32 61 parked in chunks",
+            Case { window: (-1, 0), ..dims(F32, 61, 61) },
+            query_in(QueryHome::Threadgroup, tile(4, 1, 8, 32)),
+        ),
+        ("f16 256 parked", dims(F16, 256, 256), query_in(QueryHome::Threadgroup, tile(4, 1, 16, 256))),
+        ("bf16 256 in chunks", Case { window: (-1, 0), ..dims(Bf16, 256, 256) }, tile(4, 1, 16, 128)),
+        (
+            "f16 320 from device",
+            Case { window: (RANDOM, 0), packed: true, ..dims(F16, 320, 320) },
+            query_in(QueryHome::Device, tile(2, 1, 16, 160)),
+        ),
+        ("f16 1", Case { window: (RANDOM, RANDOM), ..dims(F16, 1, 1) }, tile(2, 1, 8, 8)),
+        (
+            "f16 40/24 everything packed",
+            Case { packed: true, window: (RANDOM, RANDOM), softcap: 2.0, alibi: 2, sinks: true, ..dims(F16, 40, 24) },
+            staged(tile(4, 1, 32, 24)),
+        ),
+        (
+            "f32 64 staged parked",
+            Case { lse: false, window: (-1, 0), ..dims(F32, 64, 64) },
+            staged(query_in(QueryHome::Threadgroup, tile(2, 2, 16, 64))),
+        ),
+        (
+            "bf16 96 bias softcap window",
+            Case { bias: additive(Bf16), softcap: 4.0, window: (RANDOM, RANDOM), ..dims(Bf16, 96, 96) },
+            tile(4, 1, 32, 96),
+        ),
+        ("f16 8/136 wide block", Case { sinks: true, ..dims(F16, 8, 136) }, tile(4, 1, 64, 72)),
+    ];
+    list.into_iter().map(|(name, case, tile)| Variant { name, case, tile: Some(tile) }).collect()
+}
+
+/// Variants of the scalar kernel.
+pub fn scalar() -> Vec<Variant> {
+    use Dtype::{Bf16, F16, F32};
+    let additive = |dtype| Some(BiasKind::Additive(dtype));
+    let list = [
+        ("f32", dims(F32, 24, 40)),
+        (
+            "f16 everything packed",
+            Case { packed: true, window: (RANDOM, RANDOM), softcap: 2.0, alibi: 2, sinks: true, ..dims(F16, 17, 100) },
+        ),
+        ("bf16 boolean mask", Case { bias: Some(BiasKind::Boolean), window: (-1, 0), ..dims(Bf16, 64, 64) }),
+        ("f32 half bias", Case { bias: additive(F16), window: (RANDOM, -1), lse: false, ..dims(F32, 9, 9) }),
+        ("f16 bfloat bias", Case { bias: additive(Bf16), sinks: true, alibi: 1, ..dims(F16, 32, 200) }),
+        ("bf16 float bias", Case { bias: additive(F32), softcap: 5.0, ..dims(Bf16, 300, 8) }),
+    ];
+    list.into_iter().map(|(name, case)| Variant { name, case, tile: None }).collect()
+}
+
+pub fn all() -> Vec<Variant> {
+    scalar().into_iter().chain(simdgroup()).collect()
+}
