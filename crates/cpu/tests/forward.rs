@@ -146,6 +146,37 @@ fn long_decode_is_split_and_merged() {
 }
 
 #[test]
+fn the_order_of_a_cache_changes_no_bit() {
+    for (dtype, group, dims) in [(Dtype::F32, 1, (64, 64)), (Dtype::Bf16, 3, (72, 40)), (Dtype::F16, 6, (8, 128))] {
+        let ordered = |order| {
+            let (lengths, (head_dim, value_dim)) = (vec![(1, 2300), (1, 2300)], dims);
+            Run::new(&Case {
+                dtype,
+                lengths,
+                key_heads: 3,
+                group,
+                head_dim,
+                value_dim,
+                alibi: 2,
+                order,
+                ..Case::default()
+            })
+        };
+        let [heads_apart, side_by_side, sliced] = [Order::HeadMajor, Order::RowMajor, Order::Sliced].map(ordered);
+        for isa in Isa::available() {
+            let tile = heads_apart.tile(isa, 1);
+            assert_eq!(tile.path, CpuPath::Decode);
+            let expected = heads_apart.engine(isa, &tile, 1);
+            heads_apart.check(&expected).unwrap();
+            for (run, threads) in [(&side_by_side, 1), (&side_by_side, 20), (&sliced, 2)] {
+                let same = bits(&run.engine(isa, &tile, threads)) == bits(&expected);
+                assert!(same, "{} {dtype} with {threads} threads", isa.name());
+            }
+        }
+    }
+}
+
+#[test]
 fn a_nan_in_any_input_reaches_the_output() {
     for path in [CpuPath::Panels, CpuPath::Decode] {
         for spread in [f64::NAN, f64::INFINITY] {
