@@ -149,7 +149,7 @@ static void count(Context &context, const Region &region, unsigned long bytes, b
 extern "C" char _end __attribute__((visibility("hidden")));
 
 static void access(char *address, unsigned long bytes, bool write, bool atomic, uintptr_t pc) {
-  if (bytes == 0) return;
+  if (bytes == 0 || !initialised) return;
   Lane &lane = *current_lane();
   Context &context = *lane.context;
   check_pending(context);

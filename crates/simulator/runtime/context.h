@@ -37,11 +37,12 @@ enum OperationKind : unsigned {
 struct Operation {
   OperationKind kind;
   int line;
-  const char *name;
+  unsigned a, b, c, flags;
   const void *address;
   unsigned long stride;
-  unsigned a, b, c, element_kind, flags;
   // not compared
+  const char *name;
+  unsigned element_kind;
   unsigned result;
   unsigned passed; // mask of lanes
   msl_combine combine;
@@ -52,6 +53,11 @@ struct Tile {
   unsigned references, element_kind, born, last_use;
   bool ready;
   unsigned next_free;
+};
+
+// A tile that lane 0 has let go; the others have when they passed `after`.
+struct Departure {
+  unsigned tile, after;
 };
 
 enum { WINDOW = 256, MAX_SIMDGROUPS = MSL_MAX_THREADS / 32 };
@@ -72,6 +78,8 @@ struct Simdgroup {
   void *slots[32];
   Tile *tiles; // tile 0 is none
   unsigned tile_capacity, tile_count, free_tiles;
+  Departure *departures; // a queue: lane 0 lets go in order
+  unsigned departure_capacity, first_departure, departure_count;
   Liveness liveness;
 };
 
@@ -131,12 +139,10 @@ struct Context {
   PendingWrite pending;
 };
 
-// The word below the top of a fiber's stack names its lane: no thread-local storage, which is scarce for libraries
-// that are loaded at run time.
-static inline Lane *current_lane() {
-  uintptr_t top = ((uintptr_t)__builtin_frame_address(0) | (MSL_STACK_BYTES - 1)) + 1;
-  return *(Lane **)(top - 16);
-}
+static inline Lane *current_lane() { return *(Lane **)(msl_stack_top() - 16); }
+
+// False while the library's own initialisers run, which the checker must not watch: there is no fiber yet.
+static bool initialised;
 
 [[noreturn]] static void fail(int line, uintptr_t pc, const char *format, ...) __attribute__((format(printf, 3, 4)));
 

@@ -174,6 +174,7 @@ static void place_thread(Context &context, Lane &lane, const unsigned *group, co
 static void prepare_stack(Context &context, Lane &lane) {
   char *top = context.launch->stacks + (lane.thread + 1ul) * MSL_STACK_BYTES;
   *(Lane **)(top - 16) = &lane;
+  *(unsigned long *)(top - 8) = lane.lane;
   // Equal depths would compete for the same lines of the first-level cache.
   uintptr_t *words = (uintptr_t *)(top - 64 - (lane.thread & 127) * 448);
 #if defined(__x86_64__)
@@ -193,6 +194,7 @@ static void reset_simdgroup(Context &context, Simdgroup &group, unsigned threads
   group.alive = group.ready = threads >= 32 ? ~0u : (1u << threads) - 1;
   group.waiting = group.at_barrier = group.first = group.next = 0;
   group.free_tiles = 0;
+  group.first_departure = group.departure_count = 0;
   group.tile_count = group.tile_capacity ? 1 : 0;
   for (unsigned space = 0; space < 2; ++space) group.segment[space] = ++context.next_segment[space];
 }
@@ -266,6 +268,7 @@ static void count_unwritten(Context &context) {
 static void delete_context(Context *context) {
   for (Simdgroup &group : context->simdgroups) {
     free(group.tiles);
+    free(group.departures);
     free(group.liveness.difference_fp32);
     free(group.liveness.difference_16bit);
   }
@@ -277,6 +280,7 @@ static void delete_context(Context *context) {
 // 0, or 1 with the error in the launch. The grid is that of dispatchThreads: threadgroups at the edge may be smaller.
 extern "C" __attribute__((visibility("default"))) int msl_run(msl_launch *launch) {
   Context *context = new_context(launch);
+  initialised = true;
   unsigned count[3];
   for (int i = 0; i < 3; ++i) count[i] = (launch->threads[i] + launch->group[i] - 1) / launch->group[i];
   unsigned group[3];

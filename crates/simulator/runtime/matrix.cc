@@ -77,6 +77,31 @@ static inline void release(Simdgroup &group, unsigned tile) {
   group.free_tiles = tile;
 }
 
+// Lane 0 lets go of a tile at one place of the text; a lane that has passed the next operation is past that place.
+static void let_go(Simdgroup &group, unsigned tile, unsigned after) {
+  if (group.departure_count == group.departure_capacity) {
+    unsigned larger = group.departure_capacity ? 2 * group.departure_capacity : 64;
+    Departure *moved = (Departure *)malloc(larger * sizeof(Departure));
+    for (unsigned i = 0; i < group.departure_count; ++i)
+      moved[i] = group.departures[(group.first_departure + i) & (group.departure_capacity - 1)];
+    free(group.departures);
+    group.departures = moved;
+    group.departure_capacity = larger;
+    group.first_departure = 0;
+  }
+  unsigned at = (group.first_departure + group.departure_count++) & (group.departure_capacity - 1);
+  group.departures[at] = {tile, after};
+}
+static void let_departed_tiles_go(Simdgroup &group) {
+  while (group.departure_count) {
+    const Departure &departure = group.departures[group.first_departure];
+    if ((int)(group.first - departure.after) <= 0) return;
+    release(group, departure.tile);
+    group.first_departure = (group.first_departure + 1) & (group.departure_capacity - 1);
+    group.departure_count--;
+  }
+}
+
 static float rounded(float value, unsigned element_kind) {
   if (element_kind == MSL_HALF) return (float)(_Float16)value;
   uint32_t bits;
@@ -126,14 +151,14 @@ static void execute_matrix(Context &context, Simdgroup &group, Operation &operat
 }
 
 // Notes an operation that makes a tile out of two elements from each lane.
-static unsigned gather(Lane &lane, const Operation &mine, unsigned born, float first_element, float second_element) {
+static ALWAYS_INLINE unsigned gather(Lane &lane, const Operation &mine, unsigned born, float first_element, float second_element) {
   Simdgroup &group = *lane.simdgroup;
   bool first;
   Operation &noted = meet(lane, mine, first);
   if (first) noted.result = new_tile(group, mine.element_kind, born);
   unsigned result = noted.result;
   Tile &tile = group.tiles[result];
-  tile.references++;
+  if (lane.lane == 0) tile.references++;
   tile.at[lane.tile_offset] = first_element;
   tile.at[lane.tile_offset + 1] = second_element;
   pass(lane, noted);
@@ -181,7 +206,7 @@ unsigned msl_matrix_multiply(unsigned element_kind, unsigned a, unsigned b, unsi
     }
   }
   unsigned result = noted.result;
-  group.tiles[result].references++;
+  if (lane.lane == 0) group.tiles[result].references++;
   pass(lane, noted);
   return result;
 }
@@ -213,7 +238,10 @@ void msl_matrix_read(unsigned tile, float *elements, int line) {
 }
 
 void msl_matrix_retain(unsigned tile) { current_lane()->simdgroup->tiles[tile].references++; }
-void msl_matrix_release(unsigned tile) { release(*current_lane()->simdgroup, tile); }
+void msl_matrix_release(unsigned tile) {
+  Lane &lane = *current_lane();
+  let_go(*lane.simdgroup, tile, lane.passed);
+}
 unsigned msl_matrix_now() { return current_lane()->passed; }
 void msl_matrix_touch(unsigned tile) {
   Lane &lane = *current_lane();

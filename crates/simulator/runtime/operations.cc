@@ -16,8 +16,10 @@ static void park(Lane &lane, unsigned Simdgroup::*where, const char *name, int l
   yield_from(lane);
 }
 
-static bool same(const Operation &x, const Operation &y) {
-  return x.kind == y.kind && x.line == y.line && x.a == y.a && x.b == y.b && x.c == y.c && x.flags == y.flags &&
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+static ALWAYS_INLINE bool same(const Operation &x, const Operation &y) {
+  return ((x.kind ^ y.kind) | (unsigned)(x.line ^ y.line) | (x.a ^ y.a) | (x.b ^ y.b) | (x.c ^ y.c) | (x.flags ^ y.flags)) == 0 &&
          x.address == y.address && x.stride == y.stride;
 }
 
@@ -29,11 +31,11 @@ static bool same(const Operation &x, const Operation &y) {
 }
 
 // The operation that this lane has come to; `first` tells whether it is the first lane there.
-static Operation &meet(Lane &lane, const Operation &mine, bool &first) {
+static ALWAYS_INLINE Operation &meet(Lane &lane, const Operation &mine, bool &first) {
   Simdgroup &group = *lane.simdgroup;
   check_pending(*lane.context);
   lane.line = mine.line;
-  while (lane.passed - group.first >= WINDOW) park(lane, &Simdgroup::waiting, mine.name, mine.line);
+  while (__builtin_expect(lane.passed - group.first >= WINDOW, 0)) park(lane, &Simdgroup::waiting, mine.name, mine.line);
   Operation &noted = group.window[lane.passed % WINDOW];
   first = lane.passed == group.next;
   if (first) {
@@ -46,15 +48,18 @@ static Operation &meet(Lane &lane, const Operation &mine, bool &first) {
   return noted;
 }
 
-static void complete_first(Context &context, Simdgroup &group) {
+static void let_departed_tiles_go(Simdgroup &group);
+
+static __attribute__((noinline)) void complete_first(Context &context, Simdgroup &group) {
   Operation &operation = group.window[group.first % WINDOW];
   execute(context, group, operation);
   group.first++;
+  let_departed_tiles_go(group);
   group.ready |= group.waiting;
   group.waiting = 0;
 }
 
-static void pass(Lane &lane, Operation &operation) {
+static ALWAYS_INLINE void pass(Lane &lane, Operation &operation) {
   Simdgroup &group = *lane.simdgroup;
   operation.passed |= 1u << lane.lane;
   lane.passed++;
@@ -132,7 +137,7 @@ static void execute(Context &context, Simdgroup &group, Operation &operation) {
   }
 }
 
-static Operation plain(OperationKind kind, const char *name, int line) {
+static ALWAYS_INLINE Operation plain(OperationKind kind, const char *name, int line) {
   Operation operation{};
   operation.kind = kind;
   operation.name = name;
@@ -141,7 +146,6 @@ static Operation plain(OperationKind kind, const char *name, int line) {
 }
 
 extern "C" {
-unsigned msl_lane() { return current_lane()->lane; }
 void msl_fail(int line, const char *text) { fail(line ? line : current_lane()->line, 0, "%s", text); }
 
 void msl_simd(const char *name, int line, void *slot, msl_combine combine) {

@@ -23,7 +23,7 @@ template <> struct msl_shape<atomic_float> { using scalar = float; static conste
 template <> struct msl_shape<atomic_ulong> { using scalar = ulong; static constexpr int components = 1; };
 
 // The access itself is hidden from the checker, which hears of it through msl_atomic.
-#define MSL_UNCHECKED __attribute__((noinline, disable_sanitizer_instrumentation))
+#define MSL_UNCHECKED __attribute__((noinline, no_sanitize("thread")))
 template <class T, class Update> MSL_UNCHECKED T msl_atomic_update(T *place, Update update) {
   T old = *place;
   *place = update(old);
@@ -38,7 +38,7 @@ template <class T> MSL_UNCHECKED void msl_atomic_put(T *place, T value) { *place
     T *place = (T *)&object->msl_value;                                                                                \
     msl_atomic(place, sizeof(T), true, true);                                                                          \
     T y = (T)operand;                                                                                                  \
-    return msl_atomic_update(place, [y](T x) __attribute__((disable_sanitizer_instrumentation)) { return (T)(expression); }); \
+    return msl_atomic_update(place, [y](T x) __attribute__((no_sanitize("thread"))) { return (T)(expression); }); \
   }
 #define MSL_ATOMIC(space)                                                                                              \
   MSL_ATOMIC_MODIFY(space, fetch_add, (!is_same_v<T, bool>), x + y)                                                    \
@@ -67,7 +67,7 @@ template <class T> MSL_UNCHECKED void msl_atomic_put(T *place, T value) { *place
     msl_atomic(place, sizeof(T), true, true);                                                                          \
     T wanted = *expected, replacement = (T)desired;                                                                    \
     *expected = msl_atomic_update(                                                                                     \
-        place, [=](T x) __attribute__((disable_sanitizer_instrumentation)) { return x == wanted ? replacement : x; }); \
+        place, [=](T x) __attribute__((no_sanitize("thread"))) { return x == wanted ? replacement : x; }); \
     return *expected == wanted;                                                                                        \
   }
 MSL_FOR_MEMORY(MSL_ATOMIC)

@@ -82,7 +82,7 @@ template <auto Function, const msl_source *Sources, class... P> struct msl_shim<
   static constexpr unsigned count = sizeof...(P);
   template <unsigned... I> struct table {
     static constexpr msl_parameter parameters[sizeof...(I) + 1] = {msl_parameter_type<P>::describe(Sources[I])..., {}};
-    static __attribute__((disable_sanitizer_instrumentation)) void call(void *const *buffers,
+    static __attribute__((no_sanitize("thread"))) void call(void *const *buffers,
                                                                         void *const *threadgroup_memory,
                                                                         const msl_position *position) {
       Function(msl_parameter_type<P>::fill(Sources[I].kind == MSL_BUFFER               ? buffers[Sources[I].index]

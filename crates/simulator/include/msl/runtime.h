@@ -103,9 +103,17 @@ enum { MSL_MAX_THREADS = 1024, MSL_STACK_BYTES = 1 << 18, MSL_ERROR_BYTES = 2048
 
 // ---- what the headers call ----
 
+// The two words at the top of a fiber's stack: its lane in the runtime, and the lane's number. This takes the place
+// of thread-local storage, which is scarce for libraries that are loaded at run time.
+static inline __attribute__((always_inline)) char *msl_stack_top() {
+  return (char *)(((unsigned long)__builtin_frame_address(0) | (MSL_STACK_BYTES - 1)) + 1);
+}
+static inline __attribute__((always_inline, no_sanitize("thread"))) unsigned msl_lane() {
+  return *(unsigned *)(msl_stack_top() - 8);
+}
+
 typedef void (*msl_combine)(void **slots, unsigned active);
 
-unsigned msl_lane();
 void msl_fail(int line, const char *text);
 
 // Where every thread of the scope must arrive. flags: bits of metal::mem_flags.
@@ -116,6 +124,7 @@ void msl_threadgroup_barrier(unsigned flags, int line);
 void msl_simd(const char *name, int line, void *slot, msl_combine combine);
 
 // 8x8 tiles of a simdgroup; see runtime/matrix.cc. A handle belongs to one simdgroup and is the same in all its lanes.
+// Lane 0 keeps count of the objects that name a tile: msl_matrix_retain and msl_matrix_release are for it alone.
 unsigned msl_matrix_import(unsigned element_bytes, float first, float second, unsigned born, int line);
 unsigned msl_matrix_load(unsigned element_bytes, float first, float second, const void *source, unsigned long stride,
                          bool transpose, int line);

@@ -12,7 +12,7 @@ template <class T> struct msl_exchange {
 // In the lambdas: lane[i] is the exchange of lane i, active the mask of live lanes.
 #define MSL_COMBINE(name, ...)                                                                                         \
   msl_exchange<T> mine{value, (uint)argument, value};                                                                  \
-  msl_simd(name, msl_line, &mine, [](void **slots, uint active) __attribute__((disable_sanitizer_instrumentation)) {   \
+  msl_simd(name, msl_line, &mine, [](void **slots, uint active) __attribute__((no_sanitize("thread"))) {   \
     auto lane = (msl_exchange<T> **)slots;                                                                             \
     __VA_ARGS__                                                                                                        \
   });                                                                                                                  \

@@ -95,7 +95,7 @@ private:
 #endif
   }
   MSL_INLINE void msl_drop() const {
-    if (m_tile) msl_matrix_release(m_tile);
+    if (m_tile && msl_lane() == 0) msl_matrix_release(m_tile);
   }
   MSL_INLINE void msl_copy(thread const simdgroup_matrix &other) {
     if (other.m_state == shared || other.m_state == local) {
@@ -106,7 +106,7 @@ private:
       return;
     }
     m_tile = other.m_tile;
-    if (m_tile) msl_matrix_retain(m_tile);
+    if (m_tile && msl_lane() == 0) msl_matrix_retain(m_tile);
     m_state = other.m_state == empty ? empty : in_tile;
   }
   MSL_INLINE void msl_replace_tile(uint tile) const {
@@ -114,7 +114,7 @@ private:
 #if MSL_CHECK_LAYER
       if (m_state != in_tile && m_state != stale) msl_matrix_touch(m_tile);
 #endif
-      msl_matrix_release(m_tile);
+      if (msl_lane() == 0) msl_matrix_release(m_tile);
     }
     m_tile = tile;
   }
