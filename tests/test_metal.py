@@ -135,7 +135,7 @@ def allocations(call: Callable[[], Any]) -> tuple[list[int], set[str]]:
         call()
     events = profile.events()
     assert events is not None
-    sizes = [event.cpu_memory_usage for event in events if event.name == "[memory]"]
+    sizes = [event.self_cpu_memory_usage for event in events]
     return [size for size in sizes if size > 0], {event.name for event in events}
 
 
@@ -156,7 +156,7 @@ def layouts() -> dict[str, Callable[[], Any]]:
         "with lse": lambda: flash_attn_func(q, k, v, return_attn_probs=True)[:2],
         "heads first": lambda: flash_attn_func(*first),
         "padded rows": lambda: flash_attn_func(*views),
-        "broadcast keys": lambda: flash_attn_func(q, k.expand(1, 21, 2, 16), v[:, :1]),
+        "broadcast keys": lambda: flash_attn_func(q, k[:, :1].expand(1, 21, 2, 16), v),
         "kvpacked": lambda: flash_attn_kvpacked_func(q, kv),
         "qkvpacked": lambda: flash_attn_qkvpacked_func(qkv),
         "varlen": lambda: flash_attn_varlen_func(q[0], k[0], v[0], cu, cu, 12, 12),
@@ -412,13 +412,15 @@ class OnMps(torch.Tensor):
 
 
 def test_tensors_on_mps_are_known_by_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The small problem would be moved to a device that is not there.
+    monkeypatch.setenv("MTLFLASHATTN_PROBE", "off")
     q, k, v = problem()
     monkeypatch.setattr(standin_mps, "unwrap", lambda tensor: getattr(tensor, "memory", tensor))
     with installed():
         _native._pretend_mps(False)
         out, tiers = served(lambda: flash_attn_func(OnMps(q), OnMps(k), OnMps(v)))
         assert plan(OnMps(q), OnMps(k), OnMps(v)).tier == "simdgroup"
-        with pytest.raises(ValueError, match="k is on device cpu; allowed: mps:0, the device of q"):
+        with pytest.raises(ValueError, match="k is on device cpu; allowed: mps, the device of q"):
             flash_attn_func(OnMps(q), k, OnMps(v))
     assert tiers == ["simdgroup"]
     assert out.device.type == "mps"
