@@ -142,6 +142,10 @@ fn execute_on_metal<'py>(
 ) -> Result<Bound<'py, PyAny>> {
     let Call { torch, form, numbers, objects, views, described, want_lse } = *call;
     let problem = &described.problem;
+    if device == MetalDevice::Simulator {
+        // Kernels trust the offsets. Reading those of CPU tensors costs nothing; on MPS it would wait for the GPU.
+        Offsets::read(torch, form, objects, views, problem)?;
+    }
     let results = allocate(torch, form, objects, described, want_lse)?;
     let settings = &resolved.values;
     let gpu = device.gpu(py)?;

@@ -62,15 +62,19 @@ impl Device for Simulated<'_> {
                     Argument::Ints(_) | Argument::Floats(_) => None,
                 })
                 .collect();
-            let bound = |(argument, buffer)| match (argument, buffer) {
-                (_, &Some(ref buffer)) => Argument::Buffer(buffer),
-                (&Argument::Ints(values), _) => Argument::Ints(values),
-                (&Argument::Floats(values), _) => Argument::Floats(values),
-                (&Argument::Buffer(_), None) => unreachable!("every tensor became a buffer"),
-            };
-            let arguments: Vec<Argument<'_, Buffer>> = arguments.iter().zip(&buffers).map(bound).collect();
+            let arguments: Vec<_> =
+                arguments.iter().zip(&buffers).map(|(argument, buffer)| bind(argument, buffer.as_ref())).collect();
             SIMULATOR.dispatch(pipeline, &arguments, grid)
         })
+    }
+}
+
+fn bind<'a>(argument: &Argument<'a, Memory>, buffer: Option<&'a Buffer>) -> Argument<'a, Buffer> {
+    match (argument, buffer) {
+        (_, Some(buffer)) => Argument::Buffer(buffer),
+        (Argument::Ints(values), _) => Argument::Ints(values),
+        (Argument::Floats(values), _) => Argument::Floats(values),
+        (Argument::Buffer(_), None) => unreachable!("every tensor became a buffer"),
     }
 }
 
@@ -136,14 +140,13 @@ impl SimulatedPipeline {
     ) -> PyResult<()> {
         let mut buffers = Vec::with_capacity(arguments.len());
         for argument in arguments {
-            let buffer = match argument.cast::<PyBytes>() {
-                Ok(bytes) => Buffer::from_slice(bytes.as_bytes()).map_err(|error| raised(&error))?,
-                Err(_) => {
-                    let (address, bytes): (usize, usize) = argument.extract()?;
-                    let address = std::ptr::with_exposed_provenance_mut(address);
-                    // SAFETY: the caller's tensors are alive; this is the contract of the test that calls.
-                    unsafe { Memory { address, bytes }.buffer() }
-                }
+            let buffer = if let Ok(bytes) = argument.cast::<PyBytes>() {
+                Buffer::from_slice(bytes.as_bytes()).map_err(|error| raised(&error))?
+            } else {
+                let (address, bytes): (usize, usize) = argument.extract()?;
+                let address = std::ptr::with_exposed_provenance_mut(address);
+                // SAFETY: the caller's tensors are alive; this is the contract of the test that calls.
+                unsafe { Memory { address, bytes }.buffer() }
             };
             buffers.push(buffer);
         }
