@@ -57,9 +57,9 @@ public:
       return m_tile;
     }
     if (m_state == empty) msl_fail(line, "a simdgroup_matrix is used before anything was put into it");
-    uint tile = msl_matrix_import(msl_element_kind<T>, (float)m_elements[0], (float)m_elements[1], m_born, line);
+    uint born = m_tile ? msl_now() : m_born; // until now the tile that the elements came from stood for them
+    uint tile = msl_matrix_import(msl_element_kind<T>, (float)m_elements[0], (float)m_elements[1], born, line);
     msl_replace_tile(tile);
-    m_born = msl_now();
     if (m_state == local) m_state = in_tile;
     return tile;
   }
@@ -132,7 +132,9 @@ private:
 #endif
   }
   MSL_INLINE void msl_expect_no_stale_write(int line) const {
-    if (m_elements[0] == m_elements[0] || m_elements[1] == m_elements[1])
+    // Bits, because finite math lets a compiler assume that no NaN exists.
+    storage_type nan = storage_type(__builtin_nanf(""));
+    if (__builtin_memcmp(&m_elements, &nan, sizeof nan) != 0)
       msl_fail(line, "an element was written through a reference of thread_elements() that is older than the last "
                      "operation on the matrix");
   }
