@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md")])
 # Those that describe the inside, and so name functions, types and constants.
 INTERNAL = [
-    ROOT / "docs" / f"{x}.md" for x in ("architecture", "cpu-engine", "proof", "development")
+    ROOT / "docs" / f"{x}.md"
+    for x in ("architecture", "cpu-engine", "planner", "proof", "development")
 ]
 SETTINGS_SOURCE = ROOT / "crates" / "core" / "src" / "settings.rs"
 
