@@ -9,7 +9,7 @@ RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates -name '*.rs' -o -name 
 PYTHON_FOLDERS := python tests bench demo mtlflashattn.data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-rust test-python test-neon lint check-macos format bench clean
+.PHONY: help setup clang build demo test test-rust test-python test-neon lint check-macos format bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -19,6 +19,9 @@ setup: .venv/ready ## Create .venv with everything that development, tests and d
 .venv/ready: scripts/setup pyproject.toml
 	scripts/setup
 	@touch $@
+
+clang: ## Find or install the compiler that the simulator of Metal kernels needs
+	scripts/setup-clang
 
 build: .venv/built ## Build the extension module into .venv
 
@@ -31,11 +34,11 @@ demo: build ## Run a real sentence encoder and a 32,768-token attention
 
 test: test-rust test-python ## Run all Rust and Python tests
 
-test-rust: setup
+test-rust: setup clang
 	cargo test --workspace --exclude mtlflashattn-python --quiet
 	cargo test --release --package mtlflashattn-cpu --test disassembly --quiet
 
-test-python: build
+test-python: build clang
 	$(VENV_PYTHON) -m pytest -q
 
 test-neon: ## Run the Rust tests as aarch64 code (under qemu on other machines)

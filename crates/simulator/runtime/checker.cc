@@ -192,10 +192,20 @@ static void clear_threadgroup_shadow(Context &context) {
 }
 
 #define PC ((uintptr_t)__builtin_return_address(0) - 1)
+// The pass promises this alignment, and 16 for no more than it knows to be 8.
+static inline void check_alignment(void *p, unsigned bytes, uintptr_t pc) {
+  if ((uintptr_t)p & ((bytes > 8 ? 8 : bytes) - 1)) fail(0, pc, "an access through a pointer that is not aligned to its type");
+}
 extern "C" {
 #define ACCESS(name, bytes)                                                                                            \
-  void __tsan_read##name(void *p) { access((char *)p, bytes, false, false, PC); }                                      \
-  void __tsan_write##name(void *p) { access((char *)p, bytes, true, false, PC); }                                      \
+  void __tsan_read##name(void *p) {                                                                                    \
+    check_alignment(p, bytes, PC);                                                                                     \
+    access((char *)p, bytes, false, false, PC);                                                                        \
+  }                                                                                                                    \
+  void __tsan_write##name(void *p) {                                                                                   \
+    check_alignment(p, bytes, PC);                                                                                     \
+    access((char *)p, bytes, true, false, PC);                                                                         \
+  }                                                                                                                    \
   void __tsan_unaligned_read##name(void *p) { access((char *)p, bytes, false, false, PC); }                            \
   void __tsan_unaligned_write##name(void *p) { access((char *)p, bytes, true, false, PC); }                            \
   void __tsan_read_write##name(void *p) {                                                                              \
@@ -241,7 +251,6 @@ UNDEFINED(mul_overflow, "signed multiplication overflows")
 UNDEFINED(negate_overflow, "signed negation overflows")
 UNDEFINED(divrem_overflow, "integer division by zero, or its result overflows")
 UNDEFINED(shift_out_of_bounds, "a shift by more than the width of the type, or by a negative number")
-UNDEFINED(type_mismatch_v1, "an access through a pointer that is not aligned to its type")
 void __ubsan_handle_out_of_bounds(SourceLocation *at, uintptr_t index) {
   fail((int)at->line, 0, "array index %ld is out of range", (long)index);
 }

@@ -32,6 +32,8 @@ void msl_atomic(const void *address, unsigned bytes, bool reads, bool writes) {
 // The driver's signal handler continues here, on the stack of the lane that faulted.
 [[noreturn]] __attribute__((visibility("default"))) void msl_fault(char *address, uintptr_t pc) {
   Context &context = *current_lane()->context;
+  // The processor names no address when only the alignment is wrong.
+  if (!address) fail(0, pc, "an access through a pointer that is not aligned to its type");
   const char *where = "";
   char text[120];
   long nearest = 0;
@@ -122,7 +124,8 @@ static bool report_broken_zones(Context &context) {
   msl_launch &launch = *context.launch;
   bool broken = false;
   for_each_array(context, [&](char *address, unsigned bytes, unsigned slot) {
-    bool before = !zone_intact(address - RED_ZONE, RED_ZONE), behind = !zone_intact(address + bytes, RED_ZONE);
+    // A zone between two arrays belongs to the nearer one.
+    bool before = !zone_intact(address - RED_ZONE / 2, RED_ZONE / 2), behind = !zone_intact(address + bytes, RED_ZONE / 2);
     if (broken || (!before && !behind)) return;
     broken = true;
     snprintf(launch.error, MSL_ERROR_BYTES, "threadgroup array %u was written %s", slot,
@@ -228,8 +231,10 @@ static void run_threadgroup(Context &context, const unsigned *group) {
   }
   context.current = &context.lanes[0];
   msl_switch(&context.main_stack_pointer, context.current->stack_pointer);
-  for (unsigned i = 0; !context.failed && i < context.simdgroup_count; ++i)
+  for (unsigned i = 0; !context.failed && i < context.simdgroup_count; ++i) {
+    let_all_tiles_go(context.simdgroups[i]);
     count_live_fragments(context, context.simdgroups[i]);
+  }
 }
 
 static Context *new_context(msl_launch *launch) {

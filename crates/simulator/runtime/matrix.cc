@@ -77,6 +77,11 @@ static inline void release(Simdgroup &group, unsigned tile) {
   group.free_tiles = tile;
 }
 
+// A use between the operations that were passed and the next one: live up to the last that was passed.
+static inline void use_before_next(const Lane &lane, unsigned tile) {
+  if (lane.passed) use(*lane.simdgroup, tile, lane.passed - 1);
+}
+
 // Lane 0 lets go of a tile at one place of the text; a lane that has passed the next operation is past that place.
 static void let_go(Simdgroup &group, unsigned tile, unsigned after) {
   if (group.departure_count == group.departure_capacity) {
@@ -99,6 +104,13 @@ static void let_departed_tiles_go(Simdgroup &group) {
     release(group, departure.tile);
     group.first_departure = (group.first_departure + 1) & (group.departure_capacity - 1);
     group.departure_count--;
+  }
+}
+
+static void let_all_tiles_go(Simdgroup &group) {
+  for (; group.departure_count; group.departure_count--) {
+    release(group, group.departures[group.first_departure].tile);
+    group.first_departure = (group.first_departure + 1) & (group.departure_capacity - 1);
   }
 }
 
@@ -130,9 +142,8 @@ static void multiply(Simdgroup &group, const Operation &operation) {
 
 static void execute_matrix(Context &context, Simdgroup &group, Operation &operation) {
   msl_counters &counters = context.launch->counters;
-  if (operation.passed != ~0u || group.alive != ~0u)
-    fail(operation.line, 0, "%s needs all 32 lanes of the simdgroup, lanes %08x are here", operation.name,
-         operation.passed & group.alive);
+  if (operation.passed != ~0u)
+    fail(operation.line, 0, "%s needs all 32 lanes of the simdgroup, lanes %08x came", operation.name, operation.passed);
   if (operation.kind == MATRIX_MULTIPLY) {
     counters.matrix_multiplies++;
     multiply(group, operation);
@@ -202,7 +213,7 @@ unsigned msl_matrix_multiply(unsigned element_kind, unsigned a, unsigned b, unsi
     use(group, b, lane.passed);
     if (c) {
       group.tiles[c].references++;
-      if (lane.passed) use(group, c, lane.passed - 1); // the sum may take the place of what it adds to
+      use_before_next(lane, c); // the sum may take the place of what it adds to
     }
   }
   unsigned result = noted.result;
@@ -232,7 +243,7 @@ void msl_matrix_read(unsigned tile, float *elements, int line) {
   check_pending(*lane.context);
   Simdgroup &group = *lane.simdgroup;
   while (!group.tiles[tile].ready) park(lane, &Simdgroup::waiting, "a read of matrix elements", line);
-  use(group, tile, lane.passed);
+  use_before_next(lane, tile);
   elements[0] = group.tiles[tile].at[lane.tile_offset];
   elements[1] = group.tiles[tile].at[lane.tile_offset + 1];
 }
@@ -244,7 +255,6 @@ void msl_matrix_release(unsigned tile) {
 }
 unsigned msl_matrix_now() { return current_lane()->passed; }
 void msl_matrix_touch(unsigned tile) {
-  Lane &lane = *current_lane();
-  use(*lane.simdgroup, tile, lane.passed);
+  use_before_next(*current_lane(), tile);
 }
 }

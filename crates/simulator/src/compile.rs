@@ -25,7 +25,7 @@ const DEFINITIONS: [&str; 4] =
 pub const SOURCE_NAME: &str = "kernel.metal";
 
 /// Checks of undefined behaviour that the front end plants.
-const UNDEFINED: &str = "array-bounds,signed-integer-overflow,shift,integer-divide-by-zero,alignment";
+const UNDEFINED: &str = "array-bounds,signed-integer-overflow,shift,integer-divide-by-zero";
 
 /// Compiles a text for the layer of `options`, or finds it compiled. `None` in the type layer.
 ///

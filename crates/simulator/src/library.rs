@@ -143,10 +143,12 @@ impl KernelLibrary {
 
     /// All entry points.
     pub fn entries(&self) -> impl Iterator<Item = EntryRef<'_>> {
-        // SAFETY: the table ends with an entry without a name.
-        let count = (0..).take_while(|&index| !unsafe { (*self.entries.add(index)).name }.is_null()).count();
-        // SAFETY: `count` entries were just seen, and they live as long as the library.
-        (0..count).map(|index| EntryRef { entry: unsafe { &*self.entries.add(index) }, library: self })
+        (0..).map_while(|index| {
+            // SAFETY: the table ends with an entry without a name, where the iteration stops, and lives as long as
+            // the library.
+            let entry = unsafe { &*self.entries.add(index) };
+            (!entry.name.is_null()).then_some(EntryRef { entry, library: self })
+        })
     }
 
     /// Where a fault inside of a fiber continues.
