@@ -38,6 +38,21 @@ pub(crate) struct Task {
     pub(crate) first_split: bool,
 }
 
+/// One task on one thread, in the scratch memory `block` whose layout is `scratch`.
+pub(crate) struct Work<'a, 'b, Scratch> {
+    pub(crate) call: &'a Call<'b>,
+    pub(crate) task: &'a Task,
+    pub(crate) scratch: Scratch,
+    pub(crate) block: *mut f32,
+}
+
+impl<Scratch> Work<'_, '_, Scratch> {
+    /// The piece of the block at `offset`.
+    pub(crate) unsafe fn at(&self, offset: usize) -> *mut f32 {
+        self.block.add(offset)
+    }
+}
+
 /// Problem, tile and buffers of one call.
 pub(crate) struct Call<'a> {
     pub(crate) problem: &'a Problem,

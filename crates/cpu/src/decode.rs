@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use mtlflashattn_core::Strides;
 
-use crate::call::{Call, Task, normalizer};
+use crate::call::{Call, Task, Work, normalizer};
 use crate::element::{Element, narrow, widen};
 use crate::interrupt::Ticker;
 use crate::isa::Simd;
@@ -78,13 +78,6 @@ impl Scratch {
     }
 }
 
-struct Work<'a, 'b> {
-    call: &'a Call<'b>,
-    task: &'a Task,
-    scratch: Scratch,
-    block: *mut f32,
-}
-
 /// Runs `task` in the scratch memory `block`.
 ///
 /// # Safety
@@ -110,11 +103,7 @@ pub(crate) unsafe fn run<S: Simd, T: Element>(
     work.finish::<S, T>();
 }
 
-impl Work<'_, '_> {
-    unsafe fn at(&self, offset: usize) -> *mut f32 {
-        self.block.add(offset)
-    }
-
+impl Work<'_, '_, Scratch> {
     /// Rows of one key head.
     const fn head_rows(&self) -> usize {
         self.task.rows.end - self.task.rows.start

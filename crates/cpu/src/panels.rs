@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use crate::call::{Call, Task, normalizer};
+use crate::call::{Call, Task, Work, normalizer};
 use crate::element::{Element, narrow, widen};
 use crate::interrupt::Ticker;
 use crate::isa::Simd;
@@ -68,12 +68,14 @@ impl Scratch {
     }
 }
 
-/// One task on one thread.
-struct Work<'a, 'b> {
-    call: &'a Call<'b>,
-    task: &'a Task,
-    scratch: Scratch,
-    block: *mut f32,
+/// One block of keys, ready for the products.
+struct Block {
+    keys: Range<usize>,
+    /// Their number, filled up to whole tiles.
+    padded: usize,
+    /// K as float32 rows, `stride` values apart. V lies packed in the scratch memory.
+    k: *const f32,
+    stride: usize,
 }
 
 /// Runs `task` in the scratch memory `block`.
@@ -105,11 +107,7 @@ pub(crate) unsafe fn run<S: Simd, T: Element>(
     }
 }
 
-impl Work<'_, '_> {
-    unsafe fn at(&self, offset: usize) -> *mut f32 {
-        self.block.add(offset)
-    }
-
+impl Work<'_, '_, Scratch> {
     const fn queries<S: Simd>(&self, panel: usize) -> usize {
         self.scratch.queries + panel * S::PANEL * self.scratch.query_depth
     }
@@ -184,10 +182,12 @@ impl Work<'_, '_> {
         }
     }
 
-    /// Empty softmax state: nothing accumulated, or only the sink.
+    /// Empty softmax state: nothing accumulated, or only the sink. The first block of keys overwrites the output.
     #[inline(always)]
     unsafe fn clear<S: Simd>(&self, panel: usize) {
-        self.at(self.out::<S>(panel)).write_bytes(0, S::PANEL * self.scratch.value_dim);
+        if self.call.visible_to(self.task, &self.panel_rows::<S>(panel)).is_empty() {
+            self.at(self.out::<S>(panel)).write_bytes(0, S::PANEL * self.scratch.value_dim);
+        }
         let (max, sum) = (self.at(self.scratch.max + panel * S::PANEL), self.at(self.scratch.sum + panel * S::PANEL));
         for lane in 0..S::PANEL {
             max.add(lane).write(f32::MIN);
@@ -207,8 +207,10 @@ impl Work<'_, '_> {
     #[inline(always)]
     unsafe fn attend_block<S: Simd, T: Element>(&self, keys: Range<usize>, panels: usize) {
         let padded = keys.len().next_multiple_of(S::TILE);
-        let (staged, stride) = self.stage_keys::<S, T>(&keys, padded);
+        let (k, stride) = self.stage_keys::<S, T>(&keys, padded);
         self.pack_values::<S, T>(&keys, padded);
+        let block = Block { keys, padded, k, stride };
+        let keys = &block.keys;
         for panel in 0..panels {
             let visible = self.call.visible_to(self.task, &self.panel_rows::<S>(panel));
             let start = visible.start.max(keys.start);
@@ -217,7 +219,8 @@ impl Work<'_, '_> {
                 // Whole tiles, relative to the block.
                 let start = (start - keys.start) / S::TILE * S::TILE;
                 let end = (end - keys.start).next_multiple_of(S::TILE);
-                self.attend::<S>(panel, &keys, start..end, padded, staged, stride);
+                let first = visible.start >= keys.start;
+                self.attend::<S>(panel, &block, start..end, first);
             }
         }
     }
@@ -276,17 +279,10 @@ impl Work<'_, '_> {
         }
     }
 
-    /// One panel against `tiles`, a range of keys relative to the block.
+    /// One panel against `tiles`, a range of keys relative to the block. The `first` keys of a panel find no output.
     #[inline(always)]
-    unsafe fn attend<S: Simd>(
-        &self,
-        panel: usize,
-        keys: &Range<usize>,
-        tiles: Range<usize>,
-        padded: usize,
-        staged: *const f32,
-        stride: usize,
-    ) {
+    unsafe fn attend<S: Simd>(&self, panel: usize, block: &Block, tiles: Range<usize>, first: bool) {
+        let (keys, stride) = (&block.keys, block.stride);
         let vectors = self.vectors::<S>(panel);
         let scores = self.at(self.scratch.scores);
         let old = load_row::<S>(self.at(self.scratch.max + panel * S::PANEL));
@@ -297,7 +293,7 @@ impl Work<'_, '_> {
             let to = scores.add(key * S::PANEL);
             // The maximum over scores that are still to be changed is of no use.
             let max = if inner.contains(&key) { &mut new } else { &mut unknown };
-            S::scores(vectors, staged.add(key * stride), stride, queries, self.scratch.depth, to, max);
+            S::scores(vectors, block.k.add(key * stride), stride, queries, self.scratch.depth, to, max);
         }
         if inner != tiles {
             let rows = self.panel_rows::<S>(panel);
@@ -309,12 +305,13 @@ impl Work<'_, '_> {
             }
         }
         let rescale = self.softmax::<S>(panel, &tiles, old, new);
+        let rescale = if first { None } else { Some(&rescale) };
         let values = self.at(self.scratch.values);
         let out = self.at(self.out::<S>(panel));
         let probabilities = scores.add(tiles.start * S::PANEL);
         for column in (0..self.call.problem.value_dim).step_by(S::TILE) {
-            let from = values.add(column * padded + tiles.start * S::TILE);
-            S::values(vectors, from, probabilities, tiles.len(), out.add(column * S::PANEL), &rescale);
+            let from = values.add(column * block.padded + tiles.start * S::TILE);
+            S::values(vectors, from, probabilities, tiles.len(), out.add(column * S::PANEL), rescale);
         }
     }
 

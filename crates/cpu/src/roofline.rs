@@ -5,8 +5,6 @@ use std::hint::black_box;
 use crate::Isa;
 use crate::isa::{Simd, portable::Portable};
 
-/// Independent chains that hide the latency of a fused multiply-add.
-const CHAINS: usize = 12;
 const STEPS: usize = 2_000_000;
 
 /// CPU time of this thread in seconds, which other processes do not stretch.
@@ -17,13 +15,15 @@ fn thread_seconds() -> f64 {
     time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
 }
 
+/// Runs `CHAINS` independent chains of multiply-adds that accumulate in place, as `fmla` does: enough to hide its
+/// latency, but no more than there are registers.
 #[inline(always)]
-unsafe fn chains<S: Simd>() -> f32 {
+unsafe fn chains<S: Simd, const CHAINS: usize>() -> f32 {
     let mut acc = [S::splat(black_box(0.5)); CHAINS];
     let (x, y) = (S::splat(black_box(0.999)), S::splat(black_box(1e-3)));
     for _ in 0..STEPS {
         for acc in &mut acc {
-            *acc = S::fma(*acc, x, y);
+            *acc = S::fma(x, y, *acc);
         }
     }
     acc.into_iter().map(|acc| S::sum(acc)).sum()
@@ -32,13 +32,13 @@ unsafe fn chains<S: Simd>() -> f32 {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn chains_avx2() -> f32 {
-    chains::<crate::isa::avx2::Avx2>()
+    chains::<crate::isa::avx2::Avx2, 12>()
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
 unsafe fn chains_avx512() -> f32 {
-    chains::<crate::isa::avx512::Avx512>()
+    chains::<crate::isa::avx512::Avx512, 24>()
 }
 
 /// Measures the multiply-add rate of one thread by its CPU time, in GFLOP/s.
@@ -47,19 +47,19 @@ unsafe fn chains_avx512() -> f32 {
 /// If this machine cannot run `isa`.
 pub fn fma_peak(isa: Isa) -> f64 {
     assert!(isa.is_available(), "this machine cannot run {}", isa.name());
-    let (lanes, run): (usize, unsafe fn() -> f32) = match isa {
+    let (flops, run): (usize, unsafe fn() -> f32) = match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => (8, chains_avx2),
+        Isa::Avx2 => (2 * 8 * 12, chains_avx2),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => (16, chains_avx512),
+        Isa::Avx512 => (2 * 16 * 24, chains_avx512),
         #[cfg(target_arch = "aarch64")]
-        Isa::Neon => (4, chains::<crate::isa::neon::Neon>),
-        _ => (Portable::LANES, chains::<Portable>),
+        Isa::Neon => (2 * 4 * 24, chains::<crate::isa::neon::Neon, 24>),
+        _ => (2 * Portable::LANES * 12, chains::<Portable, 12>),
     };
     let start = thread_seconds();
     // SAFETY: the instruction set was just checked.
     black_box(unsafe { run() });
-    (2 * STEPS * CHAINS * lanes) as f64 / (thread_seconds() - start) / 1e9
+    (STEPS * flops) as f64 / (thread_seconds() - start) / 1e9
 }
 
 /// Measures how fast one thread reads memory that no cache holds, by its CPU time, in GB/s. Allocates

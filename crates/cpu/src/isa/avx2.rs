@@ -298,7 +298,7 @@ impl Simd for Avx2 {
         probabilities: *const f32,
         keys: usize,
         out: *mut f32,
-        rescale: &Self::Row,
+        rescale: Option<&Self::Row>,
     ) {
         match vectors {
             1 => return tile::values::<Self, 4, 1>(values, probabilities, keys, out, rescale),
@@ -306,9 +306,11 @@ impl Simd for Avx2 {
             _ => {}
         }
         let mut acc = [[_mm256_setzero_ps(); 3]; 4];
-        for (r, row) in acc.iter_mut().enumerate() {
-            for (n, acc) in row.iter_mut().enumerate() {
-                *acc = _mm256_mul_ps(_mm256_load_ps(out.add((r * 3 + n) * 8)), rescale[n]);
+        if let Some(rescale) = rescale {
+            for (r, row) in acc.iter_mut().enumerate() {
+                for (n, acc) in row.iter_mut().enumerate() {
+                    *acc = _mm256_mul_ps(_mm256_load_ps(out.add((r * 3 + n) * 8)), rescale[n]);
+                }
             }
         }
         values_tile(values, probabilities, keys, &mut acc);

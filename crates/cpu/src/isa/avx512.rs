@@ -314,15 +314,17 @@ impl Simd for Avx512 {
         probabilities: *const f32,
         keys: usize,
         out: *mut f32,
-        rescale: &Self::Row,
+        rescale: Option<&Self::Row>,
     ) {
         if vectors == 1 {
             return tile::values::<Self, 8, 1>(values, probabilities, keys, out, rescale);
         }
         let mut acc = [[_mm512_setzero_ps(); 2]; 8];
-        for (r, row) in acc.iter_mut().enumerate() {
-            for (n, acc) in row.iter_mut().enumerate() {
-                *acc = _mm512_mul_ps(_mm512_load_ps(out.add((r * 2 + n) * 16)), rescale[n]);
+        if let Some(rescale) = rescale {
+            for (r, row) in acc.iter_mut().enumerate() {
+                for (n, acc) in row.iter_mut().enumerate() {
+                    *acc = _mm512_mul_ps(_mm512_load_ps(out.add((r * 2 + n) * 16)), rescale[n]);
+                }
             }
         }
         values_tile(values, probabilities, keys, &mut acc);

@@ -166,14 +166,14 @@ pub(crate) trait Simd: Copy + 'static {
         scores: *mut f32,
         row_max: &mut Self::Row,
     );
-    /// `out[TILE][PANEL] = out * rescale + values[keys][TILE]^T x probabilities[keys][PANEL]`; `keys` is a multiple of
-    /// `TILE`. Only the first `vectors` vectors of a row are computed.
+    /// `out[TILE][PANEL] = out * rescale + values[keys][TILE]^T x probabilities[keys][PANEL]`; without `rescale` what is
+    /// in `out` is not read. `keys` is a multiple of `TILE`. Only the first `vectors` vectors of a row are computed.
     unsafe fn values(
         vectors: usize,
         values: *const f32,
         probabilities: *const f32,
         keys: usize,
         out: *mut f32,
-        rescale: &Self::Row,
+        rescale: Option<&Self::Row>,
     );
 }

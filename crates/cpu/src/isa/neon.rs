@@ -294,7 +294,7 @@ impl Simd for Neon {
         probabilities: *const f32,
         keys: usize,
         out: *mut f32,
-        rescale: &Self::Row,
+        rescale: Option<&Self::Row>,
     ) {
         match vectors {
             1 => return tile::values::<Self, 8, 1>(values, probabilities, keys, out, rescale),
@@ -302,9 +302,11 @@ impl Simd for Neon {
             _ => {}
         }
         let mut acc = [[vdupq_n_f32(0.0); 3]; 8];
-        for (r, row) in acc.iter_mut().enumerate() {
-            for (n, acc) in row.iter_mut().enumerate() {
-                *acc = vmulq_f32(vld1q_f32(out.add((r * 3 + n) * 4)), rescale[n]);
+        if let Some(rescale) = rescale {
+            for (r, row) in acc.iter_mut().enumerate() {
+                for (n, acc) in row.iter_mut().enumerate() {
+                    *acc = vmulq_f32(vld1q_f32(out.add((r * 3 + n) * 4)), rescale[n]);
+                }
             }
         }
         values_tile(values, probabilities, keys, &mut acc);

@@ -157,7 +157,7 @@ impl Simd for Portable {
         probabilities: *const f32,
         keys: usize,
         out: *mut f32,
-        rescale: &Self::Row,
+        rescale: Option<&Self::Row>,
     ) {
         debug_assert_eq!(vectors, 1);
         tile::values::<Self, 4, 1>(values, probabilities, keys, out, rescale);

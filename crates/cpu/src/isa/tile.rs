@@ -54,12 +54,14 @@ pub(super) unsafe fn values<S: Simd, const ROWS: usize, const VECTORS: usize>(
     probabilities: *const f32,
     keys: usize,
     out: *mut f32,
-    rescale: &S::Row,
+    rescale: Option<&S::Row>,
 ) {
     let mut acc = [[S::splat(0.0); VECTORS]; ROWS];
-    for (r, acc) in acc.iter_mut().enumerate() {
-        for (n, acc) in acc.iter_mut().enumerate() {
-            *acc = S::mul(S::load(out.add(r * S::PANEL + n * S::LANES)), rescale.as_ref()[n]);
+    if let Some(rescale) = rescale {
+        for (r, acc) in acc.iter_mut().enumerate() {
+            for (n, acc) in acc.iter_mut().enumerate() {
+                *acc = S::mul(S::load(out.add(r * S::PANEL + n * S::LANES)), rescale.as_ref()[n]);
+            }
         }
     }
     outer_products::<S, ROWS, VECTORS>(values, 1, ROWS, probabilities, keys, &mut acc);
