@@ -74,11 +74,12 @@ CPU = Way("cpu", "cpu")
 WAYS = [
     CPU,
     Way("cpu", "torch"),
-    *(
-        Way(device, tier)
-        for device in ("simulator", "standin", "mps")
-        for tier in ("simdgroup", "scalar")
-    ),
+    Way("simulator", "simdgroup"),
+    Way("simulator", "scalar"),
+    Way("standin", "simdgroup"),
+    Way("standin", "torch"),
+    Way("mps", "simdgroup"),
+    Way("mps", "scalar"),
     Way("mps", "torch"),
 ]
 
