@@ -273,6 +273,12 @@ def test_short_memory_concerns_one_call() -> None:
         check(out, q, k, v, "simdgroup")
 
 
+def test_no_memory_for_the_results_is_an_error() -> None:
+    endless = torch.zeros(8).half().as_strided((1, 2**40, 1, 8), (0, 0, 8, 1))
+    with installed(), pytest.raises(RuntimeError, match="allocate"):
+        flash_attn_func(endless, endless[:, :4], endless[:, :4])
+
+
 def test_a_device_that_holds_fewer_threads_refuses_the_kernel() -> None:
     q, k, v = problem()
     with installed(max_threads=16), pytest.warns(RuntimeWarning, match="exceeds 16 limit"):
