@@ -136,7 +136,7 @@ impl Trace {
             return String::new();
         }
         let mut text = format!(
-            "[MTLFLASHATTN_TRACE] {} attention call(s), {} distinct shape/tier combos:",
+            "[MTLFLASHATTN_TRACE] {} attention call(s), {} distinct shape/kernel combos:",
             self.total_calls(),
             entries.len()
         );
@@ -199,7 +199,7 @@ mod tests {
         trace.record(&short, Tier::Torch, alone);
         assert_eq!(
             trace.summary(),
-            "[MTLFLASHATTN_TRACE] 993 attention call(s), 3 distinct shape/tier combos:\n  \
+            "[MTLFLASHATTN_TRACE] 993 attention call(s), 3 distinct shape/kernel combos:\n  \
              calls=990    bfloat16  D=128  Lq=26136  Lk=26136  causal=F  -> cpu\n  \
              calls=2      bfloat16  D=128  Lq=26136  Lk=5      causal=F  -> torch\n  \
              calls=1      float32   D=192/128 Lq=77     Lk=77     causal=T  -> cpu"
