@@ -97,9 +97,9 @@ pub fn execute<'py>(
     make_readable(torch, &mut objects, views)?;
     let described = describe(form, numbers, &objects, views)?;
     let settings = settings::current(py)?;
-    if let Some(place) = settings.metal_device(views.q().place) {
+    if let Some(device) = settings.metal_device(views.q().place) {
         let call = Call { torch, form, numbers, objects: &objects, views, described: &described, want_lse };
-        return execute_on_metal(py, &call, place, &settings);
+        return execute_on_metal(py, &call, device, &settings);
     }
     let problem = &described.problem;
     let offsets = Offsets::read(torch, form, &objects, views, problem)?;
