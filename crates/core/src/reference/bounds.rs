@@ -32,8 +32,8 @@
 //! # Metal kernels
 //! [`Arithmetic::metal`] replaces three of the assumptions; the rest of the derivation stands.
 //!
-//! - `fast::exp2` is off by at most `3 + 2 |x|` units in the last place, the bound of `OpenCL`'s relaxed mathematics that
-//!   Metal's fast mathematics shares. The exponents of a weight and of its rescalings telescope, so that the second
+//! - `fast::exp2` is off by at most `3 + 2 |x|` units in the last place, the bound of `OpenCL`'s relaxed mathematics
+//!   that Metal's fast mathematics shares. The exponents of a weight and of its rescalings telescope, so that the second
 //!   term grows with the distance of the score from the maximum and not with the number of rescalings.
 //! - The running maximum lags behind the true one by at most 8 (a factor of 256), and the output is rescaled only when
 //!   it catches up: a weight at distance `x` (in units of log2) is rescaled at most `1 + x / 8` times, and its exponents
