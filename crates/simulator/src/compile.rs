@@ -15,10 +15,10 @@ use sha2::{Digest, Sha256};
 use crate::clang::{self, Clang};
 use crate::embedded::{FILES, HEADER_NAMES};
 use crate::options::{Layer, Options};
-use crate::rewrite::{RewriteError, rewrite};
+use crate::rewrite::{Entries, RewriteError, rewrite};
 
 /// MSL 3.1 on macOS, what the oldest supported torch compiles for.
-const DEFINITIONS: [&str; 4] =
+pub const DEFINITIONS: [&str; 4] =
     ["-D__METAL_VERSION__=310", "-D__METAL_MACOS__=1", "-D__METAL__=1", "-D__HAVE_BFLOAT__=1"];
 
 /// The name that messages give to the text.
@@ -43,7 +43,7 @@ pub fn compile(source: &str, options: &Options) -> Result<Option<PathBuf>, Devic
         return Ok(Some(library));
     }
     let toolchain = unpack_toolchain(&cache, clang)?;
-    let text = rewritten(clang, &toolchain, source)?;
+    let text = rewritten(clang, &toolchain, source, Entries::Table)?;
     if options.layer == Layer::Type {
         clang.run(&flags.front_end(&toolchain, &["-fsyntax-only"]), &text)?;
         return Ok(None);
@@ -155,13 +155,13 @@ fn machine_flags() -> &'static [&'static str] {
 }
 
 /// The text as the front end gets it.
-fn rewritten(clang: &Clang, toolchain: &Path, source: &str) -> Result<String, DeviceError> {
+pub fn rewritten(clang: &Clang, toolchain: &Path, source: &str, entries: Entries) -> Result<String, DeviceError> {
     let mut arguments: Vec<OsString> = DEFINITIONS.map(OsString::from).to_vec();
     arguments.extend(["-E", "-std=c++20", "-nostdinc", "-nostdinc++", "-Wno-everything", "-I"].map(OsString::from));
     arguments.push(toolchain.join("preprocess").into());
     arguments.extend(["-x", "c++", "-"].map(OsString::from));
     let text = clang.run(&arguments, &format!("#line 1 \"{SOURCE_NAME}\"\n{source}"))?;
-    let rewritten = rewrite(&text).map_err(|error| located(&text, &error))?;
+    let rewritten = rewrite(&text, entries).map_err(|error| located(&text, &error))?;
     if rewritten.entries.is_empty() {
         return Err(DeviceError::Compile(format!("{SOURCE_NAME}: error: the text has no kernel")));
     }
@@ -234,7 +234,7 @@ fn runtime_object(clang: &Clang, toolchain: &Path, layer: Layer) -> Result<PathB
 }
 
 /// Writes the headers and the runtime where clang can read them.
-fn unpack_toolchain(cache: &Path, clang: &Clang) -> Result<PathBuf, DeviceError> {
+pub fn unpack_toolchain(cache: &Path, clang: &Clang) -> Result<PathBuf, DeviceError> {
     let folder = cache.join(format!("toolchain-{}", toolchain_key(clang)));
     if folder.exists() {
         return Ok(folder);
@@ -278,7 +278,7 @@ fn cache_error(path: &Path, error: &std::io::Error) -> DeviceError {
     ))
 }
 
-fn cache_folder(options: &Options) -> PathBuf {
+pub fn cache_folder(options: &Options) -> PathBuf {
     if let Some(folder) = &options.cache {
         return folder.clone();
     }
@@ -305,7 +305,7 @@ fn toolchain_key(clang: &Clang) -> &'static str {
     })
 }
 
-fn key(parts: &[&str]) -> String {
+pub fn key(parts: &[&str]) -> String {
     let mut hash = Sha256::new();
     for part in parts {
         hash.update((part.len() as u64).to_le_bytes());

@@ -42,6 +42,7 @@ mod fault;
 mod library;
 mod memory;
 mod options;
+pub mod ptx;
 mod report;
 mod rewrite;
 mod stacks;

@@ -71,11 +71,20 @@ struct Rewriter<'a> {
     array_count: usize,
 }
 
+/// What is appended to the text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entries {
+    /// A table for the runtime on this processor.
+    Table,
+    /// One `nvptx_kernel` for each, under the name that a pipeline asks for.
+    Ptx,
+}
+
 /// Edits preprocessed text.
 ///
 /// # Errors
 /// Constructs that the simulator does not know: function constants, textures, `double`.
-pub fn rewrite(text: &str) -> Result<Rewritten, RewriteError> {
+pub fn rewrite(text: &str, entries: Entries) -> Result<Rewritten, RewriteError> {
     let tokens = tokenize(text);
     let mut rewriter =
         Rewriter { text, tokens, edits: Vec::new(), kernels: Vec::new(), entries: Vec::new(), array_count: 0 };
@@ -83,7 +92,7 @@ pub fn rewrite(text: &str) -> Result<Rewritten, RewriteError> {
     rewriter.find_kernels()?;
     rewriter.convert_vectors();
     rewriter.drop_attributes()?;
-    Ok(rewriter.finish())
+    Ok(rewriter.finish(entries))
 }
 
 fn source_kind(attribute: &str) -> Option<&'static str> {
@@ -380,9 +389,7 @@ impl<'a> Rewriter<'a> {
             write!(
                 text,
                 "typedef {element_type} {alias}{dimensions}; \
-                 (void)msl_array_record<{alias}, {slot}, \
-                 sizeof(metal::msl_scalar<typename msl_innermost<{alias}>::type>)>::registered; \
-                 threadgroup {alias} &{name} = *(threadgroup {alias} *)msl_threadgroup_array({slot});"
+                 threadgroup {alias} &{name} = msl_threadgroup_storage<{alias}, {slot}>::array();"
             )
             .expect("writing to a String does not fail");
             if after == end {
@@ -522,7 +529,7 @@ impl<'a> Rewriter<'a> {
         self.edits.push(Edit { start, end, text: "\n".repeat(breaks) });
     }
 
-    fn finish(mut self) -> Rewritten {
+    fn finish(mut self, entries: Entries) -> Rewritten {
         // An edit inside of another one is covered by it.
         self.edits.sort_by_key(|edit| (edit.start, usize::MAX - edit.end));
         let mut text = String::with_capacity(self.text.len() + 4096);
@@ -536,9 +543,33 @@ impl<'a> Rewriter<'a> {
             at = edit.end;
         }
         text.push_str(&self.text[at..]);
-        text.push_str(&self.table());
+        text.push_str(&match entries {
+            Entries::Table => self.table(),
+            Entries::Ptx => self.ptx_kernels(),
+        });
         let entries = self.entries.into_iter().map(|entry| entry.host_name).collect();
         Rewritten { text, entries }
+    }
+
+    /// An entry point for each kernel. Its symbol is given apart, as the kernel's own name is taken.
+    fn ptx_kernels(&self) -> String {
+        let mut text = String::from("\n# 1 \"entry points\"\n");
+        for (number, entry) in self.entries.iter().enumerate() {
+            let Some(kernel) = self.kernels.iter().find(|kernel| kernel.name == entry.kernel) else { continue };
+            let sources = kernel.sources.iter().fold(String::new(), |all, source| all + source + ", ");
+            let signature =
+                format!("extern \"C\" __attribute__((nvptx_kernel)) void msl_kernel_{number}(msl_buffers buffers)");
+            write!(
+                text,
+                "static constexpr msl_source msl_sources_{number}[] = {{{sources}{{}}}};\n\
+                 {signature} __asm__(\"{host_name}\");\n\
+                 {signature} {{ metal::msl_shim<&{function}, msl_sources_{number}>::call(buffers); }}\n",
+                host_name = entry.host_name,
+                function = entry.function,
+            )
+            .expect("writing to a String does not fail");
+        }
+        text
     }
 
     /// The table of entry points, which names every instantiation.

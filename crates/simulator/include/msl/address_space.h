@@ -10,10 +10,3 @@
 // Repeats a template for every address space that a pointer to memory may have.
 #define MSL_FOR_MEMORY(M) M(device) M(threadgroup)
 #define MSL_FOR_READABLE(M) M(device) M(threadgroup) M(constant)
-
-// An array in threadgroup memory: the driver turns its declaration into a reference to where the runtime laid it.
-template <class T, unsigned Slot, unsigned ElementBytes> struct msl_array_record {
-  static inline int registered = msl_register_array(Slot, sizeof(T), alignof(T), ElementBytes);
-};
-template <class T> struct msl_innermost { using type = T; };
-template <class T, unsigned long N> struct msl_innermost<T[N]> : msl_innermost<T> {};

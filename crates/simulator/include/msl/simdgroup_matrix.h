@@ -15,6 +15,9 @@ template <> constexpr constant uint msl_element_kind<float> = MSL_FLOAT;
 template <> constexpr constant uint msl_element_kind<half> = MSL_HALF;
 template <> constexpr constant uint msl_element_kind<bfloat> = MSL_BFLOAT;
 
+// Out of line: a kernel unrolls hundreds of these. The checker need not see what they do with the lane's own object.
+#define MSL_OUT_OF_LINE __attribute__((noinline, no_sanitize("thread")))
+
 template <class T, int Columns, int Rows> class simdgroup_matrix {
   static_assert(Columns == 8 && Rows == 8, "simdgroup_matrix: 8x8 is the only size");
   static_assert(msl_element_kind<T> != 0, "simdgroup_matrix: the elements are float, half or bfloat");
@@ -22,35 +25,35 @@ template <class T, int Columns, int Rows> class simdgroup_matrix {
 public:
   using storage_type = vec<T, 2>;
 
-  MSL_INLINE simdgroup_matrix() = default;
-  MSL_INLINE explicit simdgroup_matrix(T diagonal) {
+  MSL_OUT_OF_LINE simdgroup_matrix() : m_tile(0), m_state(empty) {}
+  MSL_OUT_OF_LINE explicit simdgroup_matrix(T diagonal) : m_tile(0), m_state(empty) {
     int offset = (int)msl_tile_row(msl_lane()) - (int)msl_tile_column(msl_lane());
     msl_set_local(offset == 0 ? diagonal : T(0), offset == 1 ? diagonal : T(0));
   }
-  MSL_INLINE simdgroup_matrix(thread const simdgroup_matrix &other) { msl_copy(other); }
-  MSL_INLINE thread simdgroup_matrix &operator=(thread const simdgroup_matrix &other) {
+  MSL_OUT_OF_LINE simdgroup_matrix(thread const simdgroup_matrix &other) { msl_copy(other); }
+  MSL_OUT_OF_LINE thread simdgroup_matrix &operator=(thread const simdgroup_matrix &other) {
     if (this != &other) {
       msl_drop();
       msl_copy(other);
     }
     return *this;
   }
-  MSL_INLINE ~simdgroup_matrix() { msl_drop(); }
+  MSL_OUT_OF_LINE ~simdgroup_matrix() { msl_drop(); }
 
   // Stricter than Metal: the next operation that writes the matrix ends the life of the reference.
   MSL_INLINE thread storage_type &thread_elements(MSL_LINE) {
     msl_fetch(msl_line);
-    m_state = shared;
     return m_elements;
   }
   MSL_INLINE thread const storage_type &thread_elements(MSL_LINE) const {
     msl_fetch(msl_line);
-    m_state = shared;
     return m_elements;
   }
 
   // for the functions below
-  MSL_INLINE uint msl_operand(int line) const {
+
+  // The tile that holds the value; elements that live in the lanes become one.
+  MSL_OUT_OF_LINE uint msl_operand(int line) const {
     if (m_state == in_tile) return m_tile;
     if (m_state == stale) {
       msl_expect_no_stale_write(line);
@@ -63,7 +66,7 @@ public:
     if (m_state == local) m_state = in_tile;
     return tile;
   }
-  MSL_INLINE void msl_set_tile(uint tile) {
+  MSL_OUT_OF_LINE void msl_set_tile(uint tile) {
     msl_replace_tile(tile);
     if (m_state == shared) {
       m_elements = storage_type(__builtin_nanf("")); // whoever still holds a reference shall notice
@@ -72,7 +75,11 @@ public:
       m_state = in_tile;
     }
   }
-  MSL_INLINE void msl_set_local(T first, T second) {
+  MSL_OUT_OF_LINE void msl_set_loaded(float first, float second, const void *source, ulong stride, bool transpose,
+                                      int line) {
+    msl_set_tile(msl_matrix_load(msl_element_kind<T>, first, second, source, stride, transpose, line));
+  }
+  MSL_OUT_OF_LINE void msl_set_local(T first, T second) {
     msl_drop();
     m_tile = 0;
     m_elements = storage_type{first, second};
@@ -80,12 +87,21 @@ public:
     m_state = local;
   }
 
+  MSL_OUT_OF_LINE storage_type msl_stored(const void *destination, ulong stride, bool transpose, int line) const {
+    uint tile = msl_operand(line);
+    float pair[2];
+    msl_matrix_read(tile, pair, line);
+    msl_matrix_store(tile, destination, stride, transpose, line);
+    return storage_type{(T)pair[0], (T)pair[1]};
+  }
+
 private:
+  // stale: in a tile again, while somebody may hold a reference to the elements
   enum state : uint { empty, in_tile, local, shared, stale };
   mutable storage_type m_elements;
-  mutable uint m_tile = 0; // also kept while the elements are local: the fragment stays live
-  mutable uint m_born = 0;
-  mutable state m_state = empty;
+  mutable uint m_tile; // also kept while the elements are local: the fragment stays live
+  mutable uint m_born;
+  mutable state m_state;
 
   static MSL_INLINE uint msl_now() {
 #if MSL_CHECK_LAYER
@@ -118,7 +134,8 @@ private:
     }
     m_tile = tile;
   }
-  MSL_INLINE void msl_fetch(int line) const {
+  // Brings the elements to the lane.
+  MSL_OUT_OF_LINE void msl_fetch(int line) const {
     if (m_state == stale) msl_expect_no_stale_write(line);
     if (m_state == in_tile || m_state == stale) {
       float pair[2];
@@ -130,11 +147,15 @@ private:
 #if MSL_CHECK_LAYER
     else if (m_tile) msl_matrix_touch(m_tile);
 #endif
+    m_state = shared;
   }
   MSL_INLINE void msl_expect_no_stale_write(int line) const {
-    // Bits, because finite math lets a compiler assume that no NaN exists.
+    // by bits, because a finite-math build folds comparisons of NaN
+    ulong bits = 0, poison = 0;
     storage_type nan = storage_type(__builtin_nanf(""));
-    if (__builtin_memcmp(&m_elements, &nan, sizeof nan) != 0)
+    __builtin_memcpy(&bits, &m_elements, sizeof m_elements);
+    __builtin_memcpy(&poison, &nan, sizeof nan);
+    if (bits != poison)
       msl_fail(line, "an element was written through a reference of thread_elements() that is older than the last "
                      "operation on the matrix");
   }
@@ -170,8 +191,7 @@ MSL_INLINE simdgroup_matrix<T, Columns, Rows> make_diagonal_simdgroup_matrix(T v
       first = (float)corner[row * elements_per_row + column];                                                          \
       second = (float)corner[row * elements_per_row + column + 1];                                                     \
     }                                                                                                                  \
-    result.msl_set_tile(msl_matrix_load(msl_element_kind<T>, first, second, (const void *)corner, elements_per_row,    \
-                                        transpose, msl_line));                                                         \
+    result.msl_set_loaded(first, second, (const void *)corner, elements_per_row, transpose, msl_line);                 \
   }
 MSL_FOR_READABLE(MSL_LOAD)
 
@@ -182,23 +202,20 @@ MSL_FOR_READABLE(MSL_LOAD)
                                   MSL_LINE) {                                                                          \
     ulong row = msl_tile_row(msl_lane()), column = msl_tile_column(msl_lane());                                        \
     space T *corner = destination + origin.y * elements_per_row + origin.x;                                            \
-    uint tile = source.msl_operand(msl_line);                                                                          \
-    float pair[2];                                                                                                     \
-    msl_matrix_read(tile, pair, msl_line);                                                                             \
-    msl_matrix_store(tile, (const void *)corner, elements_per_row, transpose, msl_line);                               \
+    vec<T, 2> pair = source.msl_stored((const void *)corner, elements_per_row, transpose, msl_line);                   \
     if (transpose) {                                                                                                   \
-      corner[column * elements_per_row + row] = (T)pair[0];                                                            \
-      corner[(column + 1) * elements_per_row + row] = (T)pair[1];                                                      \
+      corner[column * elements_per_row + row] = pair[0];                                                            \
+      corner[(column + 1) * elements_per_row + row] = pair[1];                                                      \
     } else {                                                                                                           \
-      corner[row * elements_per_row + column] = (T)pair[0];                                                            \
-      corner[row * elements_per_row + column + 1] = (T)pair[1];                                                        \
+      corner[row * elements_per_row + column] = pair[0];                                                            \
+      corner[row * elements_per_row + column + 1] = pair[1];                                                        \
     }                                                                                                                  \
   }
 MSL_FOR_MEMORY(MSL_STORE)
 
 // d = a b + c. The model: fp32 within one 8x8x8 step, fused, in order of the inner index, rounded once to d's type.
 template <class D, class A, class B, class C>
-MSL_INLINE void simdgroup_multiply_accumulate(thread simdgroup_matrix<D, 8, 8> &d,
+MSL_OUT_OF_LINE void simdgroup_multiply_accumulate(thread simdgroup_matrix<D, 8, 8> &d,
                                               thread const simdgroup_matrix<A, 8, 8> &a,
                                               thread const simdgroup_matrix<B, 8, 8> &b,
                                               thread const simdgroup_matrix<C, 8, 8> &c, MSL_LINE) {
@@ -206,7 +223,7 @@ MSL_INLINE void simdgroup_multiply_accumulate(thread simdgroup_matrix<D, 8, 8> &
   d.msl_set_tile(msl_matrix_multiply(msl_element_kind<D>, tile_a, tile_b, tile_c, msl_line));
 }
 template <class D, class A, class B>
-MSL_INLINE void simdgroup_multiply(thread simdgroup_matrix<D, 8, 8> &d, thread const simdgroup_matrix<A, 8, 8> &a,
+MSL_OUT_OF_LINE void simdgroup_multiply(thread simdgroup_matrix<D, 8, 8> &d, thread const simdgroup_matrix<A, 8, 8> &a,
                                    thread const simdgroup_matrix<B, 8, 8> &b, MSL_LINE) {
   uint tile_a = a.msl_operand(msl_line), tile_b = b.msl_operand(msl_line);
   d.msl_set_tile(msl_matrix_multiply(msl_element_kind<D>, tile_a, tile_b, 0, msl_line));

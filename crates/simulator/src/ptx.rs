@@ -1,0 +1,129 @@
+//! MSL text as PTX, so that kernels also run where thousands of threads really run at once: on an NVIDIA GPU.
+//!
+//! The way is the simulator's, with other headers (`include/nvptx`) and another back end. The speed of a translated
+//! kernel says nothing about Apple GPUs by itself; kernels that took the same way may be compared.
+
+use std::ffi::OsString;
+use std::fmt::Write as _;
+use std::path::Path;
+
+use mtlflashattn_metal::DeviceError;
+
+use crate::clang;
+use crate::compile::{DEFINITIONS, cache_folder, rewritten, unpack_toolchain};
+use crate::options::{Layer, Options};
+use crate::rewrite::Entries;
+
+/// What becomes of a product of float matrices, as the matrix units of NVIDIA GPUs have none. Products of half and of
+/// bfloat are exact in either.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FloatProducts {
+    /// Operands are sums of two tf32 numbers, which keeps 22 bits at least: for checking numbers.
+    Split,
+    /// Operands are rounded to tf32, 11 bits, one instruction a product: for comparing the speed of kernels that mix
+    /// float and half operands, which Apple GPUs multiply at one rate.
+    Rounded,
+}
+
+/// Entry points of a PTX text take one parameter: a table of 31 device addresses, by `[[buffer(n)]]`.
+pub const BUFFER_COUNT: usize = 31;
+
+/// Hopper, and the oldest PTX that has everything.
+const TARGET: [&str; 5] = ["--target=nvptx64-nvidia-cuda", "-march=sm_90", "-Xclang", "-target-feature", "-Xclang"];
+const PTX_VERSION: &str = "+ptx80";
+
+/// Translates every kernel of a text.
+///
+/// # Errors
+/// [`DeviceError::Compile`] with messages that name lines of the text.
+pub fn translate(source: &str, float_products: FloatProducts) -> Result<String, DeviceError> {
+    let clang = clang::find()?;
+    let toolchain = unpack_toolchain(&cache_folder(&Options::new(Layer::Type)), clang)?;
+    let text = rewritten(clang, &toolchain, source, Entries::Ptx)?;
+    let code = clang.run(&front_end(&toolchain, float_products), &text)?;
+    clang.run(&back_end(), &merge_constant_space(&code))
+}
+
+fn front_end(toolchain: &Path, float_products: FloatProducts) -> Vec<OsString> {
+    let mut all: Vec<OsString> = TARGET.map(OsString::from).to_vec();
+    all.push(PTX_VERSION.into());
+    all.extend(DEFINITIONS.map(OsString::from));
+    let instructions = match float_products {
+        FloatProducts::Split => 2,
+        FloatProducts::Rounded => 1,
+    };
+    all.push(format!("-DMSL_FLOAT_PRODUCTS={instructions}").into());
+    all.push("-I".into());
+    all.push(toolchain.join("include").into());
+    all.extend(
+        [
+            "-O3",
+            "-std=c++20",
+            "-nostdinc",
+            "-nostdinc++",
+            "-include",
+            "nvptx/metal_stdlib",
+            "-fno-exceptions",
+            "-fno-rtti",
+            "-ferror-limit=5",
+            "-fno-caret-diagnostics",
+            "-Wno-everything",
+            "-Werror=return-type",
+            // Barriers, shuffles and matrix products stay where all lanes meet.
+            "-fconvergent-functions",
+            "-ffp-contract=fast",
+            // Float denormals are 0, as on Apple GPUs.
+            "-fdenormal-fp-math-f32=preserve-sign",
+            "-Xclang",
+            "-ffloat16-excess-precision=none",
+            "-Xclang",
+            "-cl-single-precision-constant",
+            "-Xclang",
+            "-disable-llvm-passes",
+            "-S",
+            "-emit-llvm",
+            "-o",
+            "-",
+            "-x",
+            "c++",
+            "-",
+        ]
+        .map(OsString::from),
+    );
+    all
+}
+
+fn back_end() -> Vec<OsString> {
+    let mut all: Vec<OsString> = TARGET.map(OsString::from).to_vec();
+    all.extend([PTX_VERSION, "-O3", "-ffp-contract=fast", "-S", "-o", "-", "-x", "ir", "-"].map(OsString::from));
+    all
+}
+
+/// Metal's `constant` is global memory that no launch changes; NVIDIA's is a small bank of its own. Pointers to the one
+/// become pointers to global memory, and what is read through them is marked as invariant.
+fn merge_constant_space(code: &str) -> String {
+    const CONSTANT: &str = "addrspace(2)";
+    let mut result = String::with_capacity(code.len());
+    for line in code.lines() {
+        result.push_str(line);
+        if line.contains(" = load ") && line.contains(CONSTANT) {
+            result.push_str(", !invariant.load !99999");
+        }
+        result.push('\n');
+    }
+    writeln!(result, "!99999 = !{{}}").expect("writing to a String does not fail");
+    result.replace(CONSTANT, "addrspace(1)")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_of_constant_memory_become_invariant_reads_of_global_memory() {
+        let code = "%2 = load i64, ptr addrspace(2) %1, align 8\n%3 = load i64, ptr addrspace(3) %1, align 8\n";
+        let expected = "%2 = load i64, ptr addrspace(1) %1, align 8, !invariant.load !99999\n\
+                        %3 = load i64, ptr addrspace(3) %1, align 8\n!99999 = !{}\n";
+        assert_eq!(merge_constant_space(code), expected);
+    }
+}
