@@ -161,7 +161,7 @@ impl Trace {
             text.push_str("\n  passed over:");
         }
         for (tier, reason, calls) in reasons {
-            let _ = write!(text, "\n  calls={calls:<6} {tier}: {reason}");
+            let _ = write!(text, "\n    {tier}: {reason} ({calls} call(s))");
         }
         text
     }
@@ -234,8 +234,8 @@ mod tests {
         let (_, reasons) = summary.split_once("\n  passed over:\n").unwrap();
         assert_eq!(
             reasons,
-            "  calls=4      tensorops: needs tensors on an MPS device\n  \
-             calls=3      simdgroup: failed earlier in this process: no compiler"
+            "    tensorops: needs tensors on an MPS device (4 call(s))\n    \
+             simdgroup: failed earlier in this process: no compiler (3 call(s))"
         );
     }
 
