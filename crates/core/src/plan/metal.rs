@@ -7,7 +7,8 @@ use super::occupancy::{KernelShape, Occupancy};
 use super::tile::{FRAGMENT, MetalTile, QueryHome, Refusal, Traffic};
 use crate::Problem;
 
-/// Longest sequence that a Metal kernel takes, so that sums of two lengths and a window bound are an int32.
+/// Longest sequence and largest head dimension that a Metal kernel takes, so that sums of two lengths and a window bound
+/// are an int32.
 pub const MAX_LEN: usize = 1 << 29;
 
 /// What a GPU generation prefers. None of it was measured by this project: the values make the planner choose the tiles

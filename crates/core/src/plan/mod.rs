@@ -114,9 +114,10 @@ impl Planner<'_> {
         if let Some(failure) = self.demotions.failure(plan.tier) {
             return Err(Reason::Demoted(failure.to_owned()));
         }
-        let longest = problem.lengths.max_query_len().max(problem.lengths.max_key_len());
-        if longest > MAX_LEN {
-            return Err(Reason::TooLong(longest));
+        let Problem { lengths, head_dim, value_dim, .. } = *problem;
+        let largest = lengths.max_query_len().max(lengths.max_key_len()).max(head_dim).max(value_dim);
+        if largest > MAX_LEN {
+            return Err(Reason::TooLong(largest));
         }
         match plan.tier {
             Tier::Tensorops | Tier::TensoropsStaged => {

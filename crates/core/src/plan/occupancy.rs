@@ -236,6 +236,20 @@ mod tests {
     }
 
     #[test]
+    fn the_document_has_these_predictions() {
+        let document = include_str!("../../../../docs/planner.md");
+        let has = |row: &str| assert!(document.contains(row), "{row}");
+        for (head_dim, row_fragments, keys, [fewest, most]) in COMPILED {
+            let Occupancy { halves, threads, .. } = predict(head_dim, row_fragments, keys);
+            let compiled = if fewest == most { most.to_string() } else { format!("{fewest} to {most}") };
+            has(&format!("| {head_dim}, {}, {keys} | {compiled} | {halves}, {threads} |", 8 * row_fragments));
+        }
+        let row = |values: Vec<usize>| values.iter().map(ToString::to_string).collect::<Vec<_>>().join(" | ");
+        has(&format!("| registers, at most | {} |", row(CLASSES.map(|(halves, _)| halves).into())));
+        has(&format!("| threads of a core | {} |", row(CLASSES.map(|(_, threads)| threads).into())));
+    }
+
+    #[test]
     fn threads_follow_the_table() {
         for pair in CLASSES.windows(2) {
             let [(most, threads), (_, next)] = [pair[0], pair[1]];

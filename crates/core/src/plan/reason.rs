@@ -31,7 +31,7 @@ pub enum Reason {
         /// What the leanest tile needs.
         refusal: Refusal,
     },
-    /// A sequence is longer than kernels can count.
+    /// A sequence or a head dimension is longer than kernels can count.
     TooLong(usize),
     /// The tier failed on this machine earlier in this process.
     Demoted(String),
@@ -55,7 +55,9 @@ impl fmt::Display for Reason {
                 let dims = if head_dim == value_dim { String::new() } else { format!("/{value_dim}") };
                 write!(f, "the leanest tile for head_dim {head_dim}{dims} in {dtype} needs {refusal}")
             }
-            Self::TooLong(len) => write!(f, "a sequence of {len} rows, and Metal kernels take at most {MAX_LEN}"),
+            Self::TooLong(len) => {
+                write!(f, "a length or head dimension of {len}, and Metal kernels take at most {MAX_LEN}")
+            }
             Self::Demoted(failure) => write!(f, "failed earlier in this process: {failure}"),
             Self::After(tier) => write!(f, "{tier} comes before it and serves this call"),
             Self::NotForced(name) => write!(f, "MTLFLASHATTN_KERNEL is {name}"),

@@ -280,7 +280,12 @@ fn what_no_kernel_takes_goes_to_torch() {
     let old = Gpu { macos: Version::new(13, 6), ..M1 };
     assert_eq!(why(old, &bfloat), "needs macOS >= 14.0 for bfloat16, a type of Metal 3.1; this is macOS 13.6");
     let long = problem([1, 1, 1, 8], [(1 << 29) + 1, 1], false);
-    assert_eq!(why(M1, &long), "a sequence of 536870913 rows, and Metal kernels take at most 536870912");
+    let text = "a length or head dimension of 536870913, and Metal kernels take at most 536870912";
+    assert_eq!(why(M1, &long), text);
+    let wide = problem([1, 1, 1, (1 << 29) + 1], [1, 1], false);
+    assert_eq!(why(M1, &wide), text);
+    let widest = problem([1, 1, 1, 1 << 29], [1, 1], false);
+    assert!(why(M1, &widest).starts_with("the leanest tile for head_dim 536870912 in float32 needs "));
 }
 
 #[test]
