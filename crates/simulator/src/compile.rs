@@ -44,11 +44,11 @@ pub fn compile(source: &str, options: &Options) -> Result<Option<PathBuf>, Devic
     }
     let toolchain = unpack_toolchain(&cache, clang)?;
     let text = rewritten(clang, &toolchain, source, Entries::Table)?;
+    let code = clang.run(&flags.front_end(&toolchain, &["-S", "-emit-llvm", "-o", "-"]), &text)?;
+    refuse_casts_between_spaces(&code)?;
     if options.layer == Layer::Type {
-        clang.run(&flags.front_end(&toolchain, &["-fsyntax-only"]), &text)?;
         return Ok(None);
     }
-    let code = clang.run(&flags.front_end(&toolchain, &["-S", "-emit-llvm", "-o", "-"]), &text)?;
     let runtime = runtime_object(clang, &toolchain, options.layer)?;
     build_library(clang, &flags, &drop_address_spaces(&code), &runtime, &library)?;
     Ok(Some(library))
@@ -198,6 +198,35 @@ fn drop_address_spaces(code: &str) -> String {
     result.replace("addrspacecast", "bitcast")
 }
 
+/// What the mangled names of the headers' own functions begin with.
+const HEADER_FUNCTIONS: [&str; 5] =
+    ["_ZN5metal", "_ZNK5metal", "_ZZN5metal", "_ZZNK5metal", "_ZN23msl_threadgroup_storage"];
+
+/// Plain C++ lets a C cast turn a pointer of one address space into one of another; MSL does not. Only the headers
+/// do it; anywhere else in the front end's output it is a cast of the text.
+fn refuse_casts_between_spaces(code: &str) -> Result<(), DeviceError> {
+    let mut in_header = false;
+    for line in code.lines() {
+        if line.starts_with("define ") {
+            let name = line.split('@').nth(1).unwrap_or_default();
+            in_header = HEADER_FUNCTIONS.iter().any(|prefix| name.starts_with(prefix));
+        }
+        if in_header || !line.contains("= addrspacecast ") {
+            continue;
+        }
+        let location = line.rsplit("!dbg ").next().and_then(|reference| {
+            let definition = format!("\n{} = !DILocation(line: ", reference.trim());
+            let rest = &code[code.find(&definition)? + definition.len()..];
+            rest.split(',').next()
+        });
+        return Err(DeviceError::Compile(format!(
+            "{SOURCE_NAME}:{}: error: a cast between pointers of different address spaces",
+            location.unwrap_or("?")
+        )));
+    }
+    Ok(())
+}
+
 fn build_library(clang: &Clang, flags: &Flags, code: &str, runtime: &Path, library: &Path) -> Result<(), DeviceError> {
     let object = temporary(library, "o");
     let linked = temporary(library, "so");
@@ -300,6 +329,8 @@ fn toolchain_key(clang: &Clang) -> &'static str {
     KEY.get_or_init(|| {
         let mut parts = vec![clang.version.as_str()];
         parts.extend(machine_flags());
+        // What the driver makes of a text changes with the driver.
+        parts.extend([include_str!("rewrite.rs"), include_str!("token.rs"), include_str!("compile.rs")]);
         parts.extend(FILES.iter().flat_map(|(path, contents)| [*path, *contents]));
         key(&parts)
     })

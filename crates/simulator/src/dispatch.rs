@@ -147,6 +147,7 @@ impl Simulator {
         bindings.check_slack(pipeline)?;
         let report = report(&raw, &bound);
         check_written(pipeline, &report)?;
+        check_registers(pipeline, entry, launch, &report)?;
         self.totals.lock().unwrap_or_else(PoisonError::into_inner).add(&report.counters);
         Ok(report)
     }
@@ -279,6 +280,25 @@ fn check_written(pipeline: &Pipeline, report: &Report) -> Result<(), DeviceError
         }
         None => Ok(()),
     }
+}
+
+/// A Mac refuses a threadgroup whose registers do not fit a core, unless the kernel said how many threads to expect:
+/// then its compiler spills.
+fn check_registers(
+    pipeline: &Pipeline,
+    entry: EntryRef<'_>,
+    launch: &Launch,
+    report: &Report,
+) -> Result<(), DeviceError> {
+    let group: u64 = launch.group.iter().map(|&threads| u64::from(threads)).product();
+    let registers = report.counters.registers();
+    if entry.declares_max_threads() || group <= registers.threads {
+        return Ok(());
+    }
+    Err(pipeline.error(format!(
+        "Threadgroup size ({group}) exceeds {} limit: about {} 16-bit registers a thread",
+        registers.threads, registers.halves
+    )))
 }
 
 /// What is bound to a parameter.

@@ -191,6 +191,11 @@ impl<'a> EntryRef<'a> {
         if self.entry.max_threads == 0 { MAX_THREADS } else { self.entry.max_threads.min(MAX_THREADS) }
     }
 
+    /// Whether it says how many threads to expect.
+    pub fn declares_max_threads(&self) -> bool {
+        self.entry.max_threads != 0
+    }
+
     /// Bytes of the threadgroup arrays that its body declares.
     pub fn declared_threadgroup_bytes(&self) -> u64 {
         // SAFETY: the entry belongs to this library.

@@ -1,5 +1,7 @@
 //! What a dispatch did.
 
+use mtlflashattn_core::plan::occupancy::{MOST_HALVES, threads_of_core};
+
 use crate::library::RawCounters;
 
 /// Traffic of one buffer, in requested bytes. Counted in the check layer.
@@ -117,6 +119,31 @@ impl Counters {
     #[must_use]
     pub fn fragment_halves(&self) -> u64 {
         4 * self.live_fragments_fp32 + 2 * self.live_fragments_16bit
+    }
+}
+
+/// 16-bit registers that a kernel needs beside its fragments: measured on kernels compiled for the M1.
+const OTHER_HALVES: u64 = 30;
+
+/// What the model of M1 and M2 GPUs (`mtlflashattn_core::plan::occupancy`) says about a kernel that ran.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Registers {
+    /// 16-bit registers of a thread.
+    pub halves: u64,
+    /// Threads of a core that they allow.
+    pub threads: u64,
+    /// Whether the live fragments alone need more registers than a thread has, whatever the compiler does.
+    pub must_spill: bool,
+}
+
+impl Counters {
+    /// The registers that the live fragments predict. Needs the check layer, which counts fragments.
+    #[must_use]
+    pub fn registers(&self) -> Registers {
+        let halves = OTHER_HALVES + self.fragment_halves();
+        let most = MOST_HALVES as u64;
+        let threads = threads_of_core(halves.min(most) as usize) as u64;
+        Registers { halves, threads, must_spill: self.fragment_halves() >= most }
     }
 }
 

@@ -6,6 +6,7 @@
 //! | `threadgroup half tile[64];` | a reference to an array of the runtime | red zones; C++ has no such storage |
 //! | `float4(a, b)` | `msl_make<float4>(a, b)` | clang's vectors have no constructors of several parts |
 //! | `(float4)x` | `msl_cast<float4>{} ->* x` | clang's cast keeps the bits where MSL converts |
+//! | `struct S { .. };` | constructors that copy from every address space | plain C++ copies within one space |
 //! | `template [[host_name("f")]] kernel void k<half>(..);` | nothing; noted in the table | the table instantiates it |
 
 use std::collections::HashSet;
@@ -90,6 +91,7 @@ pub fn rewrite(text: &str, entries: Entries) -> Result<Rewritten, RewriteError> 
         Rewriter { text, tokens, edits: Vec::new(), kernels: Vec::new(), entries: Vec::new(), array_count: 0 };
     rewriter.refuse_foreign_words()?;
     rewriter.find_kernels()?;
+    rewriter.copy_structs();
     rewriter.convert_vectors();
     rewriter.drop_attributes()?;
     Ok(rewriter.finish(entries))
@@ -396,6 +398,39 @@ impl<'a> Rewriter<'a> {
                 return Ok(text);
             }
             index = after + 1;
+        }
+    }
+
+    /// Constructors for copies out of device, constant and threadgroup memory. A struct that is initialised with
+    /// braces must stay an aggregate and gets none.
+    fn copy_structs(&mut self) {
+        for index in 0..self.tokens.len().saturating_sub(2) {
+            if !self.is(index, "struct") || self.tokens[index + 1].kind != Kind::Word || !self.is(index + 2, "{") {
+                continue;
+            }
+            let name = self.tokens[index + 1].text;
+            let Some(end) = closing(&self.tokens, index + 2) else { continue };
+            let has_constructor = (index + 3..end).any(|at| self.is(at, name) && self.is(at + 1, "("));
+            let initialised = (0..self.tokens.len()).filter(|&at| at != index + 1 && self.is(at, name)).any(|at| {
+                let named = self.token(at + 1).is_some_and(|token| token.kind == Kind::Word);
+                let braces = self.is(at + 2, "{") || (self.is(at + 2, "=") && self.is(at + 3, "{"));
+                self.is(at + 1, "{") || (named && braces)
+            });
+            if has_constructor || initialised {
+                continue;
+            }
+            let mut text = format!(
+                "{{ {name}() = default; {name}(const {name} &) = default; {name} &operator=(const {name} &) = default; "
+            );
+            for space in ["device", "constant", "threadgroup"] {
+                write!(
+                    text,
+                    "{name}({space} const {name} &msl_other) {{ metal::msl_copy_object(this, &msl_other); }} "
+                )
+                .expect("writing to a String does not fail");
+            }
+            let brace = self.tokens[index + 2];
+            self.edits.push(Edit { start: brace.start, end: brace.end(), text });
         }
     }
 

@@ -265,6 +265,11 @@ fn types_are_checked() {
         ("double x = in[tid]; out[tid] = float(x);", "MSL has no type double"),
         ("half4 h = half4(1.0h); float4 f = h; out[tid] = f.x;", "vec<half"),
         ("out[tid] = undeclared;", "undeclared"),
+        (
+            "threadgroup float t[64]; device float* p = (device float*)&t[0]; out[tid] = p[0];",
+            "different address spaces",
+        ),
+        ("thread float* p = (thread float*)in; out[tid] = p[0];", "different address spaces"),
         ("float2 v = float2(1.0f, 2.0f, 3.0f); out[tid] = v.x;", "wrong number of components"),
     ];
     for (body, part) in wrong {
@@ -666,4 +671,47 @@ fn many_threads_may_dispatch_at_once() {
         }
     });
     assert_eq!(simulator.take_totals().threadgroups, 20);
+}
+
+#[test]
+fn structs_are_copied_out_of_memory() {
+    let source = format!(
+        "{HEAD}struct Sizes {{ int rows; float scale; long stride[2]; }};
+        struct Pair {{ float x, y; }};
+        kernel void k(device const Sizes* all [[buffer(0)]], constant Sizes& one [[buffer(1)]], device float* out [[buffer(2)]]) {{
+        Sizes a = all[1]; Sizes b = one; Pair p = {{2.0f, 3.0f}};
+        b.rows += 1; out[0] = float(a.rows) + a.scale * float(a.stride[1]) + float(b.rows) + p.y; }}"
+    );
+    let simulator = Simulator::new(check());
+    let pipeline = simulator.pipeline(&source, "k").unwrap();
+    // int rows and float scale share the first 8 bytes.
+    let sizes = |rows: i64, scale: f32, stride: i64| [rows | i64::from(scale.to_bits()) << 32, 0, stride];
+    let all = Buffer::from_slice(&[sizes(1, 1.0, 1), sizes(7, 2.0, 5)].concat()).unwrap();
+    let output = Buffer::zeroed(4).unwrap();
+    let one = sizes(3, 0.0, 0);
+    let arguments = [Argument::Buffer(&all), Argument::Ints(&one), Argument::Buffer(&output)];
+    let report = simulator.run(&pipeline, &arguments, &one_group(1)).unwrap();
+    assert_eq!(output.read::<f32>(), [7.0 + 10.0 + 4.0 + 3.0]);
+    assert!(report.counters.device_read_bytes <= 24 && report.counters.constant_read_bytes <= 24);
+}
+
+#[test]
+fn a_threadgroup_that_registers_cannot_hold_is_refused() {
+    // 41 live fragments of fp32 are 164 registers of 16 bits, 194 with all else: the class of 512 threads.
+    let body = "simdgroup_float8x8 acc[40], a; simdgroup_load(a, in, 8);
+        for (int i = 0; i < 40; ++i) acc[i] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+        for (int i = 0; i < 40; ++i) simdgroup_multiply_accumulate(acc[i], a, a, acc[i]);
+        float sum = 0.0f; for (int i = 0; i < 40; ++i) sum += acc[i].thread_elements()[0];
+        if (tid < 64) out[tid] = sum;";
+    let simulator = Simulator::new(check());
+    let (input, output) = (Buffer::from_slice(&numbers()).unwrap(), Buffer::poisoned(256).unwrap());
+    let arguments = [Argument::Buffer(&input), Argument::Buffer(&output)];
+    let source = kernel(body);
+    let pipeline = simulator.pipeline(&source, "k").unwrap();
+    let registers = simulator.run(&pipeline, &arguments, &one_group(128)).unwrap().counters.registers();
+    assert_eq!((registers.halves, registers.threads, registers.must_spill), (30 + 4 * 41, 512, false));
+    let error = simulator.run(&pipeline, &arguments, &one_group(640)).unwrap_err().to_string();
+    expect(&error, &["Threadgroup size (640) exceeds 512 limit"]);
+    let declared = source.replace("kernel void", "[[max_total_threads_per_threadgroup(640)]] kernel void");
+    simulator.run(&simulator.pipeline(&declared, "k").unwrap(), &arguments, &one_group(640)).unwrap();
 }

@@ -10,3 +10,12 @@
 // Repeats a template for every address space that a pointer to memory may have.
 #define MSL_FOR_MEMORY(M) M(device) M(threadgroup)
 #define MSL_FOR_READABLE(M) M(device) M(threadgroup) M(constant)
+
+namespace metal {
+// Plain C++ copies objects of the thread's space only; the driver gives structs constructors for the others.
+#define MSL_COPY_OBJECT(space)                                                                                         \
+  template <class T> MSL_INLINE void msl_copy_object(T *to, space const T *from) {                                     \
+    __builtin_memcpy((void *)to, (const void *)from, sizeof(T));                                                       \
+  }
+MSL_FOR_READABLE(MSL_COPY_OBJECT)
+} // namespace metal
