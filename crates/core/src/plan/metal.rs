@@ -15,10 +15,8 @@ pub const MAX_LEN: usize = 1 << 29;
 /// that published kernels ship (docs/planner.md has the sources).
 #[derive(Clone, Copy, Debug)]
 struct Preference {
-    /// Most row fragments of a simdgroup.
-    most_row_fragments: usize,
-    /// Fewest threads of a core that hide the latency of loads.
-    enough_threads: usize,
+    /// Most 16-bit registers that leave enough threads on a core to hide loads.
+    most_halves: usize,
     /// What a byte from device memory costs, in bytes from threadgroup memory.
     device_cost: usize,
 }
@@ -27,15 +25,18 @@ impl Preference {
     const fn of(gpu: &Gpu) -> Self {
         if gpu.has_dynamic_caching() {
             // One pool holds registers, threadgroup memory and cache: staging would move each byte twice.
-            Self { most_row_fragments: 2, enough_threads: 448, device_cost: 1 }
+            Self { most_halves: 232, device_cost: 1 }
         } else {
-            Self { most_row_fragments: 1, enough_threads: 576, device_cost: 4 }
+            // 576 threads, with four registers to spare: wider blocks at head dimension 128 were slower on an M1.
+            Self { most_halves: 180, device_cost: 4 }
         }
     }
 }
 
 /// Simdgroups of a threadgroup, the preferred number first: what published kernels have.
 const SIMDGROUPS: [usize; 4] = [4, 8, 2, 1];
+/// Row fragments of a simdgroup.
+const ROW_FRAGMENTS: [usize; 2] = [1, 2];
 /// Keys of a block.
 const KEYS: [usize; 3] = [32, 16, 8];
 /// Numbers of passes to try, until one has a tile that is not near a spill.
@@ -117,7 +118,7 @@ impl<'a> Search<'a> {
 
     fn tiles(&self, value_chunk: usize, mut visit: impl FnMut(MetalTile)) {
         for keys in KEYS {
-            for row_fragments in 1..=self.preference.most_row_fragments {
+            for row_fragments in ROW_FRAGMENTS {
                 for simdgroups in SIMDGROUPS {
                     // One simdgroup has nobody to share a staged block with.
                     for staged in if simdgroups == 1 { &[false][..] } else { &[false, true] } {
@@ -148,7 +149,7 @@ impl<'a> Search<'a> {
             work: 8 * products / ((query + value) * fragments(query_len)),
             idle: 4 - 4 * tile.threadgroups(problem).min(wanted) / wanted,
             narrow: tile.keys == FRAGMENT,
-            exposed: occupancy.threads < preference.enough_threads || alone,
+            exposed: occupancy.halves > preference.most_halves || alone,
             unused: 4 * (simdgroups - query_len.div_ceil(tile.simdgroup_rows())) / simdgroups,
             traffic: preference.device_cost * traffic.device + traffic.threadgroup,
             keys: Reverse(tile.keys),

@@ -158,12 +158,10 @@ pub fn threads_of_core(halves: usize) -> usize {
 fn predict_halves(tile: &MetalTile, shape: &KernelShape) -> usize {
     let operand = shape.operand_halves();
     let [query, keys, value] = [shape.head_dim, tile.keys, tile.value_chunk].map(|size| size.div_ceil(FRAGMENT));
-    // A P of the width of S takes its place; a narrower one stands beside it while it is filled.
-    let probabilities = if operand < ACCUMULATOR_HALVES { operand } else { 0 };
+    // P takes the place of S, fragment by fragment.
     let (resident, unrolled) =
         if tile.query == QueryHome::Registers { (query, query) } else { (1, query.min(UNROLLED)) };
-    let row =
-        resident * operand + value * ACCUMULATOR_HALVES + keys * (ACCUMULATOR_HALVES + probabilities) + STATE_HALVES;
+    let row = resident * operand + (value + keys) * ACCUMULATOR_HALVES + STATE_HALVES;
     // Unrolled loads of K run ahead of the products: seen as a growth with keys times head_dim.
     let ahead = keys * unrolled * operand / 8;
     BASE_HALVES + ADDRESS_HALVES + tile.row_fragments * row + ahead + shape.features.halves(tile.row_fragments)
