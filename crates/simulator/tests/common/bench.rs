@@ -20,6 +20,10 @@ impl Bench {
         Self { simulator: Simulator::new(options), pipelines: Mutex::default() }
     }
 
+    pub fn simulator(&self) -> &Simulator {
+        &self.simulator
+    }
+
     /// Compiles a text, or finds it compiled.
     pub fn pipeline(&self, source: &str, entry: &str) -> Result<Arc<Pipeline>, DeviceError> {
         let mut pipelines = self.pipelines.lock().unwrap();

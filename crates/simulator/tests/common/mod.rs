@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses its part")]
 
 pub mod bench;
+pub mod far;
 pub mod variants;
 
 use half::{bf16, f16};
