@@ -151,9 +151,7 @@ fn arguments_come_in_the_order_of_their_indices() {
 
 #[test]
 fn empty_problems_launch_nothing() {
-    for (sizes, empty) in
-        [([0, 5, 5, 2], true), ([1, 0, 5, 2], true), ([1, 5, 0, 2], false), ([1, 1, 1, 2], false)]
-    {
+    for (sizes, empty) in [([0, 5, 5, 2], true), ([1, 0, 5, 2], true), ([1, 5, 0, 2], false), ([1, 1, 1, 2], false)] {
         let problem = problem(Dtype::F32, sizes, &open());
         let launch = Launch::new(&problem, &Kernel::scalar(&problem, true), &outputs(&problem)).unwrap();
         assert_eq!(launch.is_empty(), empty, "{sizes:?}");
