@@ -41,6 +41,8 @@ mod embedded;
 mod fault;
 mod library;
 mod memory;
+#[cfg(feature = "nvidia")]
+pub mod nvidia;
 mod options;
 mod parallel;
 pub mod ptx;

@@ -41,7 +41,7 @@ pub fn translate(source: &str, float_products: FloatProducts) -> Result<String, 
     let toolchain = unpack_toolchain(&cache_folder(&Options::new(Layer::Type)), clang)?;
     let text = rewritten(clang, &toolchain, source, Entries::Ptx)?;
     let code = clang.run(&front_end(&toolchain, float_products), &text)?;
-    clang.run(&back_end(), &merge_constant_space(&code))
+    clang.run(&back_end(), &inline_everything(&merge_constant_space(&code)))
 }
 
 fn front_end(toolchain: &Path, float_products: FloatProducts) -> Vec<OsString> {
@@ -63,6 +63,7 @@ fn front_end(toolchain: &Path, float_products: FloatProducts) -> Vec<OsString> {
             "-nostdinc++",
             "-include",
             "nvptx/metal_stdlib",
+            "-fdeclspec",
             "-fno-exceptions",
             "-fno-rtti",
             "-ferror-limit=5",
@@ -73,6 +74,7 @@ fn front_end(toolchain: &Path, float_products: FloatProducts) -> Vec<OsString> {
             "-fconvergent-functions",
             "-ffp-contract=fast",
             // Float denormals are 0, as on Apple GPUs.
+            "-Xclang",
             "-fdenormal-fp-math-f32=preserve-sign",
             "-Xclang",
             "-ffloat16-excess-precision=none",
@@ -115,9 +117,35 @@ fn merge_constant_space(code: &str) -> String {
     result.replace(CONSTANT, "addrspace(1)")
 }
 
+/// As Metal's compiler does: what a function takes by reference stays in registers. Functions of the text have mangled
+/// names, entry points have not.
+fn inline_everything(code: &str) -> String {
+    let mut result = String::with_capacity(code.len());
+    for line in code.lines() {
+        if line.starts_with("attributes #") && line.contains("\"target-cpu\"") {
+            result.push_str(&line.replacen("{ ", "{ alwaysinline ", 1));
+        } else if line.starts_with("define dso_local ") && line.contains(" @_Z") {
+            result.push_str(&line.replacen("define dso_local ", "define internal ", 1));
+        } else {
+            result.push_str(line);
+        }
+        result.push('\n');
+    }
+    result
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn functions_are_inlined_and_entry_points_stay() {
+        let code = "define dso_local void @_Z1fv() #0 {\ndefine dso_local void @kernel() #0 {\n\
+                    attributes #0 = { nounwind \"target-cpu\"=\"sm_90\" }\nattributes #1 = { nounwind }\n";
+        let expected = "define internal void @_Z1fv() #0 {\ndefine dso_local void @kernel() #0 {\n\
+                        attributes #0 = { alwaysinline nounwind \"target-cpu\"=\"sm_90\" }\nattributes #1 = { nounwind }\n";
+        assert_eq!(inline_everything(code), expected);
+    }
 
     #[test]
     fn reads_of_constant_memory_become_invariant_reads_of_global_memory() {

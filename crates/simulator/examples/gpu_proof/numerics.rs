@@ -1,0 +1,417 @@
+//! Results against float64, on rows picked at random, and repeat launches against the first one.
+
+use std::ops::Range;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use mtlflashattn_core::plan::{MetalTile, QueryHome};
+use mtlflashattn_core::reference::bounds::{Arithmetic, error_bounds_of};
+use mtlflashattn_core::reference::{ReferenceInputs, forward};
+use mtlflashattn_core::{Dtype, Options, Problem, TensorMeta};
+use mtlflashattn_metal::{Kernel, Launch, LseStrides, Outputs, Tensors};
+use mtlflashattn_simulator::nvidia::{Gpu, Memory, Program};
+use mtlflashattn_simulator::ptx::FloatProducts;
+
+use crate::programs::{self, Programs};
+use crate::random::{Normals, Random, decode};
+
+/// A problem and the tiles to run it with; `None` is the scalar kernel.
+pub struct Case {
+    dtype: Dtype,
+    /// Query and key length of each sequence; several are packed.
+    lengths: Vec<(usize, usize)>,
+    key_heads: usize,
+    group: usize,
+    head_dim: usize,
+    causal: bool,
+    window: (i64, i64),
+    softcap: f64,
+    tiles: Vec<Option<MetalTile>>,
+    /// Rows that are compared with float64.
+    samples: usize,
+    /// Launches after the first one, whose results must be the same bit for bit.
+    repeats: usize,
+}
+
+/// A tile that reads K and V from device memory.
+pub const fn direct(simdgroups: usize, row_fragments: usize, keys: usize, value_chunk: usize) -> MetalTile {
+    MetalTile { simdgroups, row_fragments, keys, staged: false, value_chunk, query: QueryHome::Registers }
+}
+
+/// A tile that copies K and V to threadgroup memory.
+pub const fn staged(simdgroups: usize, row_fragments: usize, keys: usize, value_chunk: usize) -> MetalTile {
+    MetalTile { simdgroups, row_fragments, keys, staged: true, value_chunk, query: QueryHome::Registers }
+}
+
+const fn parked(tile: MetalTile) -> MetalTile {
+    MetalTile { query: QueryHome::Threadgroup, ..tile }
+}
+
+/// The least problem of a case: fp16, one sequence, one head.
+fn case(dtype: Dtype, lengths: &[(usize, usize)], head_dim: usize) -> Case {
+    let chunk = head_dim.next_multiple_of(8);
+    let (wide, keys) = if chunk > 128 { (128, 16) } else { (chunk, 32) };
+    let mut tiles = vec![Some(direct(4, 1, keys, wide))];
+    if chunk <= 128 {
+        tiles.push(Some(parked(direct(2, 2, 16, chunk))));
+        tiles.push(Some(staged(4, 1, if dtype == Dtype::F32 { 16 } else { 32 }, chunk)));
+    } else {
+        tiles.push(Some(parked(staged(2, 1, if dtype == Dtype::F32 { 8 } else { 16 }, wide))));
+    }
+    Case {
+        dtype,
+        lengths: lengths.to_vec(),
+        key_heads: 1,
+        group: 1,
+        head_dim,
+        causal: false,
+        window: (-1, -1),
+        softcap: 0.0,
+        tiles,
+        samples: 48,
+        repeats: 4,
+    }
+}
+
+/// Problems far beyond what a simulator can run.
+pub fn large_cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for dtype in [Dtype::F16, Dtype::Bf16, Dtype::F32] {
+        for head_dim in [64, 128, 256] {
+            cases.push(Case { group: 2, ..case(dtype, &[(4096, 4096)], head_dim) });
+            cases.push(Case { causal: true, key_heads: 2, ..case(dtype, &[(2111, 3001)], head_dim) });
+        }
+        cases.push(Case { tiles: vec![None], ..case(dtype, &[(1021, 2043)], 96) });
+        cases.push(Case { causal: true, ..case(dtype, &[(32_768, 32_768)], 64) });
+        cases.push(Case { window: (1000, 24), ..case(dtype, &[(32_768, 32_768)], 128) });
+    }
+    cases.push(case(Dtype::F16, &[(32_767, 32_765)], 128));
+    cases.push(Case { causal: true, ..case(Dtype::F16, &[(16_384, 16_384)], 256) });
+    let ragged = [(1, 1), (700, 700), (0, 5), (4097, 4097), (33, 1025), (2500, 1200)];
+    cases.push(Case { causal: true, key_heads: 2, group: 3, ..case(Dtype::F16, &ragged, 64) });
+    cases.push(Case { window: (300, 0), key_heads: 1, group: 4, ..case(Dtype::Bf16, &ragged, 128) });
+    cases.push(Case { softcap: 5.0, ..case(Dtype::F16, &[(2048, 2048)], 80) });
+    cases.push(Case { causal: true, ..case(Dtype::F16, &[(1500, 1500)], 40) });
+    cases
+}
+
+/// Problems that end soon under a tool that watches every access.
+pub fn small_cases() -> Vec<Case> {
+    let small = |case: Case| Case { samples: 16, repeats: 1, ..case };
+    let mut cases = Vec::new();
+    for dtype in [Dtype::F16, Dtype::Bf16, Dtype::F32] {
+        cases.push(small(Case { tiles: vec![None], causal: true, ..case(dtype, &[(70, 133)], 64) }));
+        cases.push(small(Case { causal: true, group: 2, ..case(dtype, &[(133, 261)], 64) }));
+        cases.push(small(case(dtype, &[(70, 99)], 128)));
+        cases.push(small(case(dtype, &[(37, 70)], 256)));
+        cases.push(small(Case { window: (40, 3), ..case(dtype, &[(1, 1), (0, 3), (90, 120)], 72) }));
+    }
+    cases
+}
+
+/// Runs the cases and prints a line for each tile. Whether all of them are right.
+pub fn run(programs: &Programs, cases: &[Case]) -> Result<bool, String> {
+    let problems: Vec<Problem> = cases.iter().map(Case::problem).collect();
+    let kernel_of = |problem: &Problem, tile: Option<MetalTile>| {
+        tile.map_or_else(|| Kernel::scalar(problem, true), |tile| Kernel::simdgroup(problem, tile, true))
+    };
+    let kernels: Vec<Vec<Kernel>> = cases
+        .iter()
+        .zip(&problems)
+        .map(|(case, problem)| case.tiles.iter().map(|&tile| kernel_of(problem, tile)).collect())
+        .collect();
+    if let Some(kernel) = kernels.iter().flatten().find(|kernel| !kernel.fits()) {
+        return Err(format!("{:?} does not fit in threadgroup memory", kernel.tile));
+    }
+    let texts: Vec<programs::Kernel> = kernels
+        .iter()
+        .flatten()
+        .map(|kernel| programs::Kernel {
+            source: kernel.source(),
+            entry: kernel.entry(),
+            float_products: FloatProducts::Split,
+        })
+        .collect();
+    let (Some(loaded), Some(gpu)) = (programs.load(&texts)?, programs.gpu) else { return Ok(true) };
+    let mut loaded = loaded.iter();
+    println!("numbers on {}: error / bound on sampled rows, largest error of out", gpu.name());
+    let mut all_right = true;
+    for ((case, problem), kernels) in cases.iter().zip(&problems).zip(&kernels) {
+        let data = Data::new(case, problem);
+        let samples = data.samples(case, problem);
+        for kernel in kernels {
+            let program = loaded.next().ok_or("a program for every kernel")?;
+            let verdict = check(gpu, program, kernel, case, problem, &data, &samples);
+            let (right, text) = match verdict {
+                Ok(Verdict { ratio, error }) => (ratio <= 1.0, format!("{ratio:.3}  {error:.1e}")),
+                Err(message) => (false, message),
+            };
+            all_right &= right;
+            println!("{} {case} {}: {text}", if right { "ok  " } else { "FAIL" }, describe(kernel));
+        }
+    }
+    Ok(all_right)
+}
+
+fn describe(kernel: &Kernel) -> String {
+    if kernel.head_dim.is_some() { kernel.tile.to_string() } else { "scalar".to_owned() }
+}
+
+impl std::fmt::Display for Case {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let lengths: Vec<String> = self.lengths.iter().map(|(query, key)| format!("{query}x{key}")).collect();
+        let heads = self.key_heads * self.group;
+        write!(f, "{} [{}] H{heads}/{} D{}", self.dtype, lengths.join(" "), self.key_heads, self.head_dim)?;
+        if self.causal {
+            write!(f, " causal")?;
+        }
+        if self.window != (-1, -1) {
+            write!(f, " window {},{}", self.window.0, self.window.1)?;
+        }
+        if self.softcap > 0.0 {
+            write!(f, " softcap {}", self.softcap)?;
+        }
+        Ok(())
+    }
+}
+
+impl Case {
+    fn total(&self) -> (usize, usize) {
+        self.lengths.iter().fold((0, 0), |(query, key), length| (query + length.0, key + length.1))
+    }
+
+    fn packed(&self) -> bool {
+        self.lengths.len() > 1
+    }
+
+    fn query_heads(&self) -> usize {
+        self.key_heads * self.group
+    }
+
+    /// The tensors are `[rows, heads, dim]`, contiguous.
+    fn problem(&self) -> Problem {
+        let (query_rows, key_rows) = self.total();
+        let dim = self.head_dim as i64;
+        let options = Options {
+            softmax_scale: None,
+            causal: self.causal,
+            window: self.window,
+            softcap: self.softcap,
+            ..Options::default()
+        };
+        let shapes = [(query_rows, self.query_heads()), (key_rows, self.key_heads), (key_rows, self.key_heads)]
+            .map(|(rows, heads)| [1, rows as i64, heads as i64, dim]);
+        let strides = shapes.map(|[_, rows, heads, dim]| [rows * heads * dim, heads * dim, dim, 1]);
+        let skip = usize::from(self.packed());
+        let meta = |at: usize| TensorMeta { dtype: self.dtype, shape: &shapes[at][skip..], strides: &strides[at][skip..] };
+        let longest = |pick: fn(&(usize, usize)) -> usize| self.lengths.iter().map(pick).max().unwrap_or(0) as i64;
+        let problem = if self.packed() {
+            let lengths = (longest(|length| length.0), longest(|length| length.1));
+            Problem::packed(meta(0), meta(1), meta(2), self.lengths.len(), lengths, &options)
+        } else {
+            Problem::dense(meta(0), meta(1), meta(2), &options)
+        };
+        problem.expect("the case is valid")
+    }
+}
+
+struct Data {
+    q: Normals,
+    k: Normals,
+    v: Normals,
+    offsets: [Vec<i32>; 2],
+}
+
+/// A row of q in a head, with its float64 result and bounds.
+struct Sample {
+    row: usize,
+    head: usize,
+    out: Vec<f64>,
+    out_bounds: Vec<f64>,
+    lse: f64,
+    lse_bound: f64,
+}
+
+impl Data {
+    fn new(case: &Case, _problem: &Problem) -> Self {
+        let mut random = Random(0x5eed);
+        let (query_rows, key_rows) = case.total();
+        let mut normals =
+            |rows: usize, heads: usize| Normals::new(case.dtype, rows * heads * case.head_dim, &mut random);
+        let ends = |pick: fn(&(usize, usize)) -> usize| {
+            std::iter::once(0)
+                .chain(case.lengths.iter().scan(0, |end, length| {
+                    *end += pick(length) as i32;
+                    Some(*end)
+                }))
+                .collect()
+        };
+        Self {
+            q: normals(query_rows, case.query_heads()),
+            k: normals(key_rows, case.key_heads),
+            v: normals(key_rows, case.key_heads),
+            offsets: [ends(|length| length.0), ends(|length| length.1)],
+        }
+    }
+
+    /// Rows of random sequences and heads, the first and the last among them, each computed as a problem of its own:
+    /// one query, and the keys that it sees.
+    fn samples(&self, case: &Case, problem: &Problem) -> Vec<Sample> {
+        let mut random = Random(7);
+        let rows = case.total().0;
+        let picked: Vec<(usize, usize)> = (0..case.samples)
+            .map(|i| {
+                let row = match i {
+                    0 => 0,
+                    1 => rows - 1,
+                    _ => random.next() as usize % rows,
+                };
+                (row, random.next() as usize % case.query_heads())
+            })
+            .collect();
+        let (next, samples) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+        std::thread::scope(|scope| {
+            for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+                scope.spawn(|| {
+                    while let Some(&(row, head)) = picked.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        let sample = self.sample(case, problem, row, head);
+                        samples.lock().expect("no thread panics").push(sample);
+                    }
+                });
+            }
+        });
+        samples.into_inner().expect("no thread panics")
+    }
+
+    fn sample(&self, case: &Case, problem: &Problem, row: usize, head: usize) -> Sample {
+        let sequence = self.offsets[0].iter().rposition(|&start| start as usize <= row).unwrap_or(0);
+        let sequence = sequence.min(case.lengths.len() - 1);
+        let (query_len, key_len) = case.lengths[sequence];
+        let visible = problem.mask.visible_keys(row - self.offsets[0][sequence] as usize, query_len, key_len);
+        let dim = case.head_dim;
+        let first_key = self.offsets[1][sequence] as usize;
+        let gather = |tensor: &[f64], rows: Range<usize>, heads: usize, head: usize| -> Vec<f64> {
+            rows.flat_map(|row| tensor[(row * heads + head) * dim..][..dim].iter().copied()).collect()
+        };
+        let keys = first_key + visible.start..first_key + visible.end;
+        let q = gather(&self.q.exact, row..row + 1, case.query_heads(), head);
+        let k = gather(&self.k.exact, keys.clone(), case.key_heads, head / case.group);
+        let v = gather(&self.v.exact, keys, case.key_heads, head / case.group);
+        let alone = Case { lengths: vec![(1, visible.len())], key_heads: 1, group: 1, causal: false, ..case.plain() };
+        let problem = alone.problem();
+        let inputs = ReferenceInputs { q: &q, k: &k, v: &v, ..ReferenceInputs::default() };
+        let exact = forward(&problem, &inputs);
+        let weights = if case.tiles == [None] { Dtype::F32 } else { case.dtype };
+        let bounds = error_bounds_of(Arithmetic::metal(weights), &problem, &inputs);
+        Sample {
+            row,
+            head,
+            out: exact.out,
+            out_bounds: bounds.out,
+            lse: exact.lse[0],
+            lse_bound: bounds.lse[0],
+        }
+    }
+}
+
+impl Case {
+    /// The same problem without mask and tiles.
+    fn plain(&self) -> Self {
+        Self { lengths: Vec::new(), window: (-1, -1), causal: false, tiles: Vec::new(), ..*self }
+    }
+}
+
+struct Verdict {
+    /// Largest error in units of its bound.
+    ratio: f64,
+    /// Largest error of the output.
+    error: f64,
+}
+
+fn check(
+    gpu: &Gpu,
+    program: &Program,
+    kernel: &Kernel,
+    case: &Case,
+    problem: &Problem,
+    data: &Data,
+    samples: &[Sample],
+) -> Result<Verdict, String> {
+    let text = |error: mtlflashattn_metal::DeviceError| error.to_string();
+    let rows = case.total().0 * case.query_heads();
+    let [q, k, v] = [&data.q, &data.k, &data.v].map(|normals| gpu.upload(&normals.bytes).map_err(text));
+    let tensors = Tensors {
+        q: q?,
+        k: k?,
+        v: v?,
+        out: gpu.poisoned(rows * case.head_dim * case.dtype.size()).map_err(text)?,
+        lse: Some(gpu.poisoned(rows * 4).map_err(text)?),
+        offsets: if case.packed() {
+            Some((gpu.upload(&data.offsets[0]).map_err(text)?, gpu.upload(&data.offsets[1]).map_err(text)?))
+        } else {
+            None
+        },
+        alibi_slopes: None,
+        bias: None,
+        sinks: None,
+    };
+    let lse = tensors.lse.as_ref().ok_or("lse")?;
+    let outputs = Outputs { out: problem.q, lse: Some(LseStrides::contiguous(problem)) };
+    let launch = Launch::new(problem, kernel, &outputs).map_err(|error| error.to_string())?;
+    let prepared = gpu.prepare(program, &launch.arguments(&borrowed(&tensors)), launch.grid).map_err(text)?;
+    prepared.enqueue().map_err(text)?;
+    let results = (tensors.out.download().map_err(text)?, lse.download().map_err(text)?);
+    for repeat in 0..case.repeats {
+        tensors.out.poison().map_err(text)?;
+        lse.poison().map_err(text)?;
+        prepared.enqueue().map_err(text)?;
+        if (tensors.out.download().map_err(text)?, lse.download().map_err(text)?) != results {
+            return Err(format!("launch {} differs from the first", repeat + 2));
+        }
+    }
+    judge(case, &results.0, &results.1, samples)
+}
+
+fn borrowed(tensors: &Tensors<Memory>) -> Tensors<&Memory> {
+    Tensors {
+        q: &tensors.q,
+        k: &tensors.k,
+        v: &tensors.v,
+        out: &tensors.out,
+        lse: tensors.lse.as_ref(),
+        offsets: tensors.offsets.as_ref().map(|(query, key)| (query, key)),
+        alibi_slopes: None,
+        bias: None,
+        sinks: None,
+    }
+}
+
+fn judge(case: &Case, out: &[u8], lse: &[u8], samples: &[Sample]) -> Result<Verdict, String> {
+    let (size, dim, heads) = (case.dtype.size(), case.head_dim, case.query_heads());
+    let unwritten = out.chunks_exact(size).filter(|bytes| decode(case.dtype, bytes).is_nan()).count()
+        + lse.chunks_exact(4).filter(|bytes| decode(Dtype::F32, bytes).is_nan()).count();
+    if unwritten > 0 {
+        return Err(format!("{unwritten} elements are NaN or were not written"));
+    }
+    let mut verdict = Verdict { ratio: 0.0, error: 0.0 };
+    let mut compare = |got: f64, want: f64, bound: f64| {
+        let error = if got.total_cmp(&want).is_eq() { 0.0 } else { (got - want).abs() };
+        let ratio = if error == 0.0 { 0.0 } else { error / bound };
+        verdict.ratio = verdict.ratio.max(if ratio.is_nan() { f64::INFINITY } else { ratio });
+        error
+    };
+    let (mut largest, total) = (0.0_f64, case.total().0);
+    for sample in samples {
+        let at = (sample.row * heads + sample.head) * dim;
+        for ((bytes, &want), &bound) in
+            out[at * size..(at + dim) * size].chunks_exact(size).zip(&sample.out).zip(&sample.out_bounds)
+        {
+            largest = largest.max(compare(decode(case.dtype, bytes), want, bound));
+        }
+        // Of one dense sequence as of packed ones: [heads, rows].
+        let at = (sample.head * total + sample.row) * 4;
+        compare(decode(Dtype::F32, &lse[at..at + 4]), sample.lse, sample.lse_bound);
+    }
+    verdict.error = largest;
+    Ok(verdict)
+}

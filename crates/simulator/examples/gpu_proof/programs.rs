@@ -1,0 +1,76 @@
+//! Translated kernels: made once, kept in a folder, loaded by several threads at once.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use mtlflashattn_simulator::nvidia::{Gpu, Program};
+use mtlflashattn_simulator::ptx::{FloatProducts, translate};
+
+/// A text, an entry point of it and how its float products are translated.
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    pub source: String,
+    pub entry: &'static str,
+    pub float_products: FloatProducts,
+}
+
+/// The folder, and the GPU if there is one.
+pub struct Programs<'a> {
+    pub gpu: Option<&'a Gpu>,
+    folder: PathBuf,
+}
+
+impl<'a> Programs<'a> {
+    pub fn new(gpu: Option<&'a Gpu>, folder: PathBuf) -> Result<Self, String> {
+        fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+        Ok(Self { gpu, folder })
+    }
+
+    fn path(&self, kernel: &Kernel) -> PathBuf {
+        // FNV-1a: names only have to differ where texts do.
+        let text = format!("{:?} {}", kernel.float_products, kernel.source);
+        let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+        self.folder.join(format!("{hash:016x}.ptx"))
+    }
+
+    fn ptx(&self, kernel: &Kernel) -> Result<String, String> {
+        let path = self.path(kernel);
+        if let Ok(text) = fs::read_to_string(&path) {
+            return Ok(text);
+        }
+        let text = translate(&kernel.source, kernel.float_products).map_err(|error| error.to_string())?;
+        write(&path, &text)?;
+        Ok(text)
+    }
+
+    /// Translates all kernels, and loads them if there is a GPU. In the order of the list.
+    pub fn load(&self, kernels: &[Kernel]) -> Result<Option<Vec<Program>>, String> {
+        let next = AtomicUsize::new(0);
+        let loaded: Vec<Mutex<Option<Result<Option<Program>, String>>>> =
+            kernels.iter().map(|_| Mutex::new(None)).collect();
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        std::thread::scope(|scope| {
+            for _ in 0..threads {
+                scope.spawn(|| {
+                    while let Some(kernel) = kernels.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        let at = (std::ptr::from_ref(kernel) as usize - kernels.as_ptr() as usize) / size_of::<Kernel>();
+                        let result = self.ptx(kernel).and_then(|ptx| match self.gpu {
+                            Some(gpu) => gpu.load(&ptx, kernel.entry).map(Some).map_err(|error| error.to_string()),
+                            None => Ok(None),
+                        });
+                        *loaded[at].lock().expect("no thread panics") = Some(result);
+                    }
+                });
+            }
+        });
+        loaded.into_iter().map(|slot| slot.into_inner().expect("no thread panics").expect("every kernel was taken")).collect()
+    }
+}
+
+fn write(path: &Path, text: &str) -> Result<(), String> {
+    fs::write(path, text).map_err(|error| format!("{}: {error}", path.display()))
+}
