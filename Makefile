@@ -5,11 +5,11 @@ export PYO3_PYTHON := $(CURDIR)/$(VENV_PYTHON)
 # A suite that may run anywhere must not reach for a hub.
 export HF_HUB_OFFLINE := 1
 
-RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates -name '*.rs' -o -name Cargo.toml)
+RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates -name '*.rs' -o -name '*.metal' -o -name Cargo.toml)
 PYTHON_FOLDERS := python tests bench demo mtlflashattn.data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clang build demo test test-rust test-python test-neon lint check-macos format bench clean
+.PHONY: help setup clang build demo test test-rust test-python test-neon mutants counters lint check-macos format bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,12 @@ test-python: build clang
 
 test-neon: ## Run the Rust tests as aarch64 code (under qemu on other machines)
 	scripts/test-neon
+
+mutants: clang ## Plant bugs in the Metal kernels and report which layer of the simulator notices each
+	cargo run --release --quiet --package mtlflashattn-simulator --example mutants
+
+counters: clang ## Print what the Metal kernels ask of memory and matrix units, per shape
+	cargo run --release --quiet --package mtlflashattn-simulator --example counters
 
 lint: build ## Check formatting, clippy, ruff, types and the stub
 	cargo fmt --all --check

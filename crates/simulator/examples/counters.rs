@@ -1,0 +1,168 @@
+//! Prints what each kernel asks of the memory and the matrix units, beside the older package's v1 kernel.
+//!
+//! `cargo run --release -p mtlflashattn-simulator --example counters`. Counts are exact and reproducible. Registers and
+//! occupancy are predictions of a model of M1-class GPUs (`mtlflashattn_core::plan::occupancy`); nothing here is a time.
+#![allow(clippy::print_stdout, reason = "prints a table")]
+
+#[path = "../tests/common/mod.rs"]
+mod common;
+
+use common::bench::Bench;
+use common::{Case, Run};
+use mtlflashattn_core::plan::occupancy::{KernelShape, Occupancy};
+use mtlflashattn_core::plan::{Chip, Gpu, QueryHome};
+use mtlflashattn_core::{Demotions, Device, Dtype, MetalTile, Planner, Settings, Tier};
+use mtlflashattn_metal::Kernel;
+use mtlflashattn_simulator::{Counters, Layer, Options};
+
+/// Counts of one launch, in the units of the table.
+struct Counts {
+    device_read: f64,
+    threadgroup_read: f64,
+    threadgroup_written: f64,
+    products: u64,
+    barriers: u64,
+}
+
+impl Counts {
+    fn of(counters: &Counters) -> Self {
+        Self {
+            device_read: counters.device_read_bytes as f64,
+            threadgroup_read: counters.threadgroup_read_bytes as f64,
+            threadgroup_written: counters.threadgroup_written_bytes as f64,
+            products: counters.matrix_multiplies,
+            barriers: counters.simdgroup_barriers + counters.threadgroup_barriers,
+        }
+    }
+
+    /// The v1 kernel of mtlflashattn 0.2 (float16, one simdgroup for 8 queries, 32 keys a block), counted from its
+    /// structure; for B1 H4 L512 D64 that gives the published counters to the byte.
+    fn of_v1(shape: &Shape) -> Self {
+        let row_blocks = shape.len.div_ceil(8);
+        let simdgroups = (shape.heads * row_blocks) as f64;
+        let key_blocks = |row: usize| {
+            let seen = if shape.causal { (row * 8 + 8).min(shape.len) } else { shape.len };
+            seen.div_ceil(32)
+        };
+        let blocks = (shape.heads * (0..row_blocks).map(key_blocks).sum::<usize>()) as f64;
+        let dim = shape.dim as f64;
+        // Each block: K and V from device memory; S, P and P V through threadgroup memory, and Q from it once for each
+        // fragment of 8 keys.
+        let query = 8.0 * dim * 2.0;
+        let sizes = simdgroups * 32.0 * 52.0;
+        Self {
+            device_read: blocks * 2.0 * 32.0 * dim * 2.0 + simdgroups * query + sizes,
+            threadgroup_read: blocks * (2.0 * 512.0 + 4.0 * query + query),
+            threadgroup_written: blocks * (2.0 * 512.0 + query) + simdgroups * query,
+            products: (blocks * 2.0 * 4.0 * dim / 8.0) as u64,
+            barriers: (blocks * 4.0 + simdgroups) as u64,
+        }
+    }
+}
+
+struct Shape {
+    heads: usize,
+    len: usize,
+    dim: usize,
+    causal: bool,
+    dtype: Dtype,
+}
+
+const SHAPES: [Shape; 5] = [
+    Shape { heads: 4, len: 512, dim: 64, causal: false, dtype: Dtype::F16 },
+    Shape { heads: 4, len: 512, dim: 64, causal: true, dtype: Dtype::F16 },
+    Shape { heads: 2, len: 512, dim: 128, causal: false, dtype: Dtype::F16 },
+    Shape { heads: 2, len: 512, dim: 128, causal: true, dtype: Dtype::Bf16 },
+    Shape { heads: 1, len: 256, dim: 256, causal: false, dtype: Dtype::F16 },
+];
+
+fn print(name: &str, shape: &Shape, counts: &Counts, prediction: &str) {
+    let scores = (shape.heads * shape.len * shape.len) as f64 * if shape.causal { 0.5 } else { 1.0 };
+    let flops = 4.0 * scores * shape.dim as f64;
+    let mega = |bytes: f64| bytes / 1e6;
+    println!(
+        "  {name:<46} {:>8.2} {:>8.2} {:>8.2} {:>9} {:>8} {:>8.1}  {prediction}",
+        mega(counts.device_read),
+        mega(counts.threadgroup_read),
+        mega(counts.threadgroup_written),
+        counts.products,
+        counts.barriers,
+        flops / counts.device_read,
+    );
+}
+
+/// The scalar kernel, both forms of the simdgroup kernel with 16 rows, and what the planner takes for two GPUs.
+fn kernels(run: &Run) -> Vec<Kernel> {
+    let problem = &run.problem;
+    let shape = KernelShape::of(problem, false);
+    let direct = MetalTile {
+        simdgroups: 4,
+        row_fragments: 2,
+        keys: 32,
+        staged: false,
+        value_chunk: problem.value_dim,
+        query: QueryHome::Registers,
+    };
+    let fits = |tile: &MetalTile| tile.occupancy(&shape).is_ok();
+    let fixed = [direct, MetalTile { staged: true, ..direct }].into_iter().filter(fits);
+    let planned = ["m1", "m4-max"].into_iter().filter_map(|chip| {
+        let chip = Chip::from_name(chip);
+        let gpu = Gpu { chip, cores: chip.most_cores(), ..Gpu::SIMULATED };
+        let (settings, demotions) = (Settings::default(), Demotions::default());
+        let planner = Planner { device: Device::Metal(gpu), settings: &settings, demotions: &demotions };
+        planner.serve(problem, Tier::Simdgroup).ok()?.metal
+    });
+    let mut tiles: Vec<MetalTile> = Vec::new();
+    for tile in fixed.chain(planned) {
+        if !tiles.contains(&tile) {
+            tiles.push(tile);
+        }
+    }
+    let simdgroup = tiles.into_iter().map(|tile| Kernel::simdgroup(problem, tile, true));
+    std::iter::once(Kernel::scalar(problem, true)).chain(simdgroup).collect()
+}
+
+fn describe(kernel: &Kernel, run: &Run) -> (String, String) {
+    if kernel.tier == Tier::Scalar {
+        return ("scalar".into(), String::new());
+    }
+    let tile = kernel.tile;
+    let form = if tile.staged { "staged" } else { "direct" };
+    let (rows, keys, chunk, query) = (tile.simdgroup_rows(), tile.keys, tile.value_chunk, tile.query.name());
+    let name = format!("{form} {}x{rows} rows {keys} keys {chunk} columns q:{query}", tile.simdgroups);
+    let Occupancy { halves, threads, .. } = Occupancy::predict(&tile, &KernelShape::of(&run.problem, false));
+    (name, format!("{halves} halves, {threads}"))
+}
+
+fn main() {
+    let bench = Bench::new(Options::new(Layer::Check));
+    for shape in &SHAPES {
+        let Shape { heads, len, dim, causal, dtype } = *shape;
+        let window = (-1, if causal { 0 } else { -1 });
+        let run = Run::new(&Case {
+            dtype,
+            lengths: vec![(len, len)],
+            key_heads: heads,
+            head_dim: dim,
+            value_dim: dim,
+            window,
+            ..Case::default()
+        });
+        println!("B1 H{heads} L{len} D{dim} {dtype}{}", if causal { " causal" } else { "" });
+        println!(
+            "  {:<46} {:>8} {:>8} {:>8} {:>9} {:>8} {:>8}  registers, threads a core (predicted)",
+            "kernel", "read MB", "tg rd MB", "tg wr MB", "products", "barriers", "FLOP/B"
+        );
+        if dtype == Dtype::F16 && dim <= 128 {
+            print("v1 of mtlflashattn 0.2", shape, &Counts::of_v1(shape), "");
+        }
+        for kernel in kernels(&run) {
+            let counters = match bench.count(&kernel, &run) {
+                Ok(report) => report.counters,
+                Err(error) => panic!("{error}"),
+            };
+            let (name, prediction) = describe(&kernel, &run);
+            print(&name, shape, &Counts::of(&counters), &prediction);
+        }
+    }
+}
