@@ -45,10 +45,10 @@ test-neon: ## Run the Rust tests as aarch64 code (under qemu on other machines)
 	scripts/test-neon
 
 mutants: clang ## Plant bugs in the Metal kernels and report which layer of the simulator notices each
-	cargo run --release --quiet --package mtlflashattn-simulator --example mutants
+	cargo run --quiet --package mtlflashattn-simulator --example mutants
 
 counters: clang ## Print what the Metal kernels ask of memory and matrix units, per shape
-	cargo run --release --quiet --package mtlflashattn-simulator --example counters
+	cargo run --quiet --package mtlflashattn-simulator --example counters
 
 lint: build ## Check formatting, clippy, ruff, types and the stub
 	cargo fmt --all --check

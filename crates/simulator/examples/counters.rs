@@ -1,6 +1,6 @@
 //! Prints what each kernel asks of the memory and the matrix units, beside the older package's v1 kernel.
 //!
-//! `cargo run --release -p mtlflashattn-simulator --example counters`. Counts are exact and reproducible. Registers and
+//! `make counters`. Counts are exact and reproducible. Registers and
 //! occupancy are predictions of a model of M1-class GPUs (`mtlflashattn_core::plan::occupancy`); nothing here is a time.
 #![allow(clippy::print_stdout, reason = "prints a table")]
 
