@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TOOLS
 from metal_flash_attn import plan
 from metal_flash_attn._cli import main
 
@@ -123,7 +124,16 @@ def test_settings_table_is_that_of_the_code() -> None:
 def test_no_document_names_a_setting_that_does_not_exist() -> None:
     for document in DOCUMENTS:
         named = set(re.findall(r"MTLFLASHATTN_[A-Z0-9_]*[A-Z0-9]", document.read_text("utf-8")))
-        assert named <= set(variables()), document.name
+        assert named <= set(variables()) | TOOLS, document.name
+
+
+def test_variables_of_tools_are_read_and_documented() -> None:
+    sources = [path.read_text("utf-8") for path in (ROOT / "crates/simulator/src").rglob("*.rs")]
+    described = (ROOT / "docs" / "settings.md").read_text("utf-8")
+    assert TOOLS.isdisjoint(variables())
+    for name in TOOLS:
+        assert any(f'var_os("{name}")' in source for source in sources), name
+        assert f"`{name}`" in described, name
 
 
 def test_tier_table_is_that_of_the_code(capsys: pytest.CaptureFixture[str]) -> None:
