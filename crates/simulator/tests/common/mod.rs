@@ -1,5 +1,6 @@
 //! Random problems with their data, for one kernel variant at a time.
 #![allow(dead_code, reason = "each test binary uses its part")]
+#![allow(clippy::struct_excessive_bools, reason = "features are on or off")]
 
 pub mod bench;
 pub mod far;
@@ -284,6 +285,22 @@ impl Run {
             out_sizes,
             out_strides,
         }
+    }
+
+    /// Puts `value` into element `[batch, row, head, dim]` of a tensor, for the kernel and for the reference.
+    pub fn plant(&mut self, pick: fn(&mut Self) -> &mut Tensor, index: [usize; 4], value: f64) {
+        let dtype = self.case.dtype;
+        let tensor = pick(self);
+        let skip = 4 - tensor.shape.len();
+        let mut at = 0;
+        let mut order = 0;
+        for axis in skip..4 {
+            at += index[axis] as i64 * tensor.strides[axis - skip];
+            order = order * tensor.shape[axis - skip] as usize + index[axis];
+        }
+        let (encoded, rounded) = encode(dtype, value);
+        tensor.bytes[at as usize * dtype.size()..][..dtype.size()].copy_from_slice(&encoded);
+        tensor.exact[order] = rounded;
     }
 
     /// The tensors' bytes. Outputs are full of NaN, and so is `lse` when nobody wants it.
