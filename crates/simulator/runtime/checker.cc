@@ -146,8 +146,6 @@ static void count(Context &context, const Region &region, unsigned long bytes, b
   else (write ? counters.device_written_bytes : counters.device_read_bytes) += bytes;
 }
 
-extern "C" char _end __attribute__((visibility("hidden")));
-
 static void access(char *address, unsigned long bytes, bool write, bool atomic, uintptr_t pc) {
   if (bytes == 0 || !initialised) return;
   Lane &lane = *current_lane();

@@ -1,7 +1,7 @@
 // Switching between fibers, and the schedule.
 
 extern "C" void msl_switch(void **save, void *load);
-extern "C" char __ehdr_start __attribute__((visibility("hidden")));
+extern "C" char __ehdr_start __attribute__((visibility("hidden"))), _end __attribute__((visibility("hidden")));
 
 #if defined(__x86_64__)
 asm(R"(
@@ -77,6 +77,7 @@ static void fail(int line, uintptr_t pc, const char *format, ...) {
   snprintf(launch.error, MSL_ERROR_BYTES, "%s [threadgroup (%u, %u, %u) simdgroup %u lane %u]", text, group[0], group[1],
            group[2], lane.position.simdgroup_index_in_threadgroup, lane.lane);
   launch.error_line = line;
+  launch.error_near_line = lane.line;
   launch.error_pc = pc ? pc - (uintptr_t)&__ehdr_start : 0;
   context.failed = true;
   void *abandoned;

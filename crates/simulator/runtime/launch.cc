@@ -16,6 +16,11 @@ __attribute__((visibility("default"))) unsigned long msl_declared_threadgroup_by
   return bytes;
 }
 
+__attribute__((visibility("default"))) void msl_library_range(unsigned long *start, unsigned long *end) {
+  *start = (unsigned long)&__ehdr_start;
+  *end = (unsigned long)&_end;
+}
+
 void *msl_threadgroup_array(unsigned slot) { return current_lane()->context->array_address[slot]; }
 
 void msl_atomic(const void *address, unsigned bytes, bool reads, bool writes) {
@@ -29,9 +34,13 @@ void msl_atomic(const void *address, unsigned bytes, bool reads, bool writes) {
 #endif
 }
 
-// The driver's signal handler continues here, on the stack of the lane that faulted.
+// The driver's signal handler continues here, on the stack of the lane that was interrupted.
 [[noreturn]] __attribute__((visibility("default"))) void msl_fault(char *address, uintptr_t pc) {
   Context &context = *current_lane()->context;
+  char *stacks = context.launch->stacks;
+  if (address == (char *)MSL_TIME_IS_UP) fail(0, pc, "the kernel ran longer than its time limit");
+  if (address >= stacks && address < stacks + context.launch->stack_count * MSL_STACK_BYTES)
+    fail(0, pc, "the variables of a thread need more than %u KiB of stack", MSL_STACK_BYTES / 1024);
   // The processor names no address when only the alignment is wrong.
   if (!address) fail(0, pc, "an access through a pointer that is not aligned to its type");
   const char *where = "";

@@ -62,10 +62,17 @@ struct Flags {
 
 impl Flags {
     fn new(options: &Options) -> Self {
-        let mut arguments: Vec<String> =
-            ["-fPIC", "-g1", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-ffp-contract=off"]
-                .map(str::to_owned)
-                .to_vec();
+        let mut arguments: Vec<String> = [
+            "-fPIC",
+            "-fstack-clash-protection",
+            "-g1",
+            "-fno-exceptions",
+            "-fno-rtti",
+            "-fvisibility=hidden",
+            "-ffp-contract=off",
+        ]
+        .map(str::to_owned)
+        .to_vec();
         arguments.extend(machine_flags().iter().map(|&flag| flag.to_owned()));
         arguments.push(if options.layer == Layer::Check { "-O1" } else { "-O2" }.to_owned());
         if options.layer == Layer::Check {

@@ -138,10 +138,11 @@ impl Simulator {
         check_launch(pipeline, entry, launch)?;
         let bindings = Bindings::new(pipeline, entry, arguments, launch)?;
         let threads = launch.group.iter().product::<u32>() as usize;
-        let outcome = with_stacks(threads, |stacks| {
-            let _scope = FaultScope::enter(&stacks.range(), code.library.fault_function());
-            self.run_on(code, entry, &bindings, launch, stacks)
-        });
+        let outcome: Result<Result<_, Failure>, DeviceError> = with_stacks(threads, |stacks| {
+            let _scope = FaultScope::enter(&stacks.range(), &code.library, self.options.time_limit)?;
+            Ok(self.run_on(code, entry, &bindings, launch, stacks))
+        })
+        .flatten();
         bindings.restore()?;
         let (raw, bound) = outcome?.map_err(|failure| pipeline.error(failure.describe(code)))?;
         bindings.check_slack(pipeline)?;
@@ -178,6 +179,7 @@ impl Simulator {
             error: error.as_mut_ptr(),
             error_line: 0,
             error_pc: 0,
+            error_near_line: 0,
         };
         // SAFETY: every pointer was made from a live value above; sizes of the buffers were compared with what the
         // parameters need, and the runtime stops a kernel that leaves them.
@@ -187,7 +189,7 @@ impl Simulator {
         }
         // SAFETY: the runtime ends its message with 0 inside of the array.
         let message = unsafe { CStr::from_ptr(error.as_ptr()) }.to_string_lossy().into_owned();
-        Err(Failure { message, line: raw.error_line, pc: raw.error_pc })
+        Err(Failure { message, line: raw.error_line, pc: raw.error_pc, near_line: raw.error_near_line })
     }
 }
 
@@ -225,15 +227,14 @@ struct Failure {
     message: String,
     line: i32,
     pc: u64,
+    near_line: i32,
 }
 
 impl Failure {
     fn describe(&self, code: &Code) -> String {
-        let line = match u32::try_from(self.line) {
-            Ok(line) if line > 0 => Some(line),
-            _ if self.pc != 0 => line_at(&code.path, self.pc),
-            _ => None,
-        };
+        let positive = |line: i32| u32::try_from(line).ok().filter(|&line| line > 0);
+        let by_pc = || line_at(&code.path, self.pc).or(positive(self.near_line));
+        let line = positive(self.line).or_else(|| if self.pc == 0 { None } else { by_pc() });
         match line {
             Some(line) => format!("{SOURCE_NAME}:{line}: {}", self.message),
             None => self.message.clone(),

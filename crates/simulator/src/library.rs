@@ -1,6 +1,7 @@
 //! A compiled kernel library, and the structures of `include/msl/runtime.h`.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_ulong, c_void};
+use std::ops::Range;
 use std::path::Path;
 
 use libloading::Library;
@@ -101,7 +102,11 @@ pub struct Launch {
     pub error: *mut c_char,
     pub error_line: c_int,
     pub error_pc: c_ulong,
+    pub error_near_line: c_int,
 }
+
+/// What the landing gets in place of an address when the time limit has passed.
+pub const TIME_IS_UP: usize = 1;
 
 /// The runtime's landing for a memory fault.
 pub type FaultFunction = unsafe extern "C" fn(*mut c_char, usize) -> !;
@@ -111,6 +116,7 @@ pub struct KernelLibrary {
     run: unsafe extern "C" fn(*mut Launch) -> c_int,
     declared_threadgroup_bytes: unsafe extern "C" fn(*const Entry) -> c_ulong,
     fault: FaultFunction,
+    range: Range<usize>,
     entries: *const Entry,
     _library: Library,
 }
@@ -131,8 +137,12 @@ impl KernelLibrary {
             let run = *library.get(b"msl_run\0").map_err(failed)?;
             let declared_threadgroup_bytes = *library.get(b"msl_declared_threadgroup_bytes\0").map_err(failed)?;
             let fault = *library.get(b"msl_fault\0").map_err(failed)?;
+            let addresses: unsafe extern "C" fn(*mut usize, *mut usize) =
+                *library.get(b"msl_library_range\0").map_err(failed)?;
+            let mut range = 0..0;
+            addresses(&raw mut range.start, &raw mut range.end);
             let entries = *library.get::<*const Entry>(b"msl_entries\0").map_err(failed)?;
-            Ok(KernelLibrary { run, declared_threadgroup_bytes, fault, entries, _library: library })
+            Ok(KernelLibrary { run, declared_threadgroup_bytes, fault, range, entries, _library: library })
         }
     }
 
@@ -149,6 +159,11 @@ impl KernelLibrary {
             let entry = unsafe { &*self.entries.add(index) };
             (!entry.name.is_null()).then_some(EntryRef { entry, library: self })
         })
+    }
+
+    /// Where its code and data lie.
+    pub fn range(&self) -> Range<usize> {
+        self.range.clone()
     }
 
     /// Where a fault inside of a fiber continues.

@@ -1,6 +1,7 @@
 //! What a simulator checks, and where it keeps what it compiled.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// How deep a kernel is examined. Every layer has the checks of the one before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -24,6 +25,8 @@ pub struct Options {
     pub finite_math: bool,
     /// Fill threadgroup memory and uninitialised variables with NaN; otherwise with 0.
     pub poison: bool,
+    /// Processor time after which a dispatch is given up; `None` waits for ever. Works on Linux.
+    pub time_limit: Option<Duration>,
     /// Where compiled kernels are kept; `None` is `MTLFLASHATTN_SIMULATOR_CACHE` or the user's cache folder.
     pub cache: Option<PathBuf>,
 }
@@ -32,7 +35,7 @@ impl Options {
     /// Settings of a layer, in lane order, with poisoned memory.
     #[must_use]
     pub fn new(layer: Layer) -> Self {
-        Options { layer, seed: 0, finite_math: false, poison: true, cache: None }
+        Options { layer, seed: 0, finite_math: false, poison: true, time_limit: None, cache: None }
     }
 
     /// The same with another schedule.
@@ -51,5 +54,11 @@ impl Options {
     #[must_use]
     pub fn with_poison(self, poison: bool) -> Self {
         Options { poison, ..self }
+    }
+
+    /// The same with a limit on the processor time of a dispatch.
+    #[must_use]
+    pub fn with_time_limit(self, limit: Duration) -> Self {
+        Options { time_limit: Some(limit), ..self }
     }
 }

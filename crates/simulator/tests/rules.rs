@@ -1,5 +1,7 @@
 //! Small kernels that break one rule each, and the layers that must catch them; and right ones that must pass.
 
+use std::time::Duration;
+
 use half::f16;
 use mtlflashattn_metal::{Argument, Device, DeviceError};
 use mtlflashattn_simulator::{Buffer, Launch, Layer, Options, Report, Simulator};
@@ -714,4 +716,30 @@ fn a_threadgroup_that_registers_cannot_hold_is_refused() {
     expect(&error, &["Threadgroup size (640) exceeds 512 limit"]);
     let declared = source.replace("kernel void", "[[max_total_threads_per_threadgroup(640)]] kernel void");
     simulator.run(&simulator.pipeline(&declared, "k").unwrap(), &arguments, &one_group(640)).unwrap();
+}
+
+#[test]
+fn a_kernel_that_does_not_end_is_given_up() {
+    let endless = [
+        "float x = in[tid]; while (x >= 0.0f) x += in[1]; out[tid] = x;",
+        "while (simd_sum(in[tid]) >= 0.0f) {} out[tid] = 0.0f;",
+    ];
+    for options in [fast(), check()] {
+        for body in endless {
+            let message = caught(options.clone().with_time_limit(Duration::from_millis(200)), body);
+            expect(&message, &["kernel.metal:6", "longer than its time limit"]);
+        }
+        // The limit is one of processor time, and this takes next to none.
+        let limited = options.with_time_limit(Duration::from_secs(20));
+        assert_eq!(run(limited, &kernel(REVERSE)).unwrap().0[0].to_bits(), 63.0_f32.to_bits());
+    }
+}
+
+#[test]
+fn too_much_stack_is_caught() {
+    let body = "float big[100000]; for (int i = 0; i < 100000; ++i) big[i] = in[tid] + float(i);
+        out[tid] = big[int(in[tid]) * 1000];";
+    for options in [fast(), check()] {
+        expect(&caught(options, body), &["need more than 256 KiB of stack"]);
+    }
 }

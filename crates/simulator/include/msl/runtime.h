@@ -97,7 +97,11 @@ struct msl_launch {
   char *error;            // out, MSL_ERROR_BYTES
   int error_line;         // out: line of the MSL text, 0 when only error_pc is known
   unsigned long error_pc; // out: offset into this library
+  int error_near_line;    // out: of the last operation of the lane, for a pc outside of the text
 };
+
+// What msl_fault gets in place of an address.
+enum { MSL_TIME_IS_UP = 1 };
 
 enum { MSL_MAX_THREADS = 1024, MSL_STACK_BYTES = 1 << 18, MSL_ERROR_BYTES = 2048, MSL_MAX_ARRAYS = 64 };
 
