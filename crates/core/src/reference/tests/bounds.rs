@@ -6,7 +6,7 @@ use std::f32::consts::{LN_2, LOG2_E};
 use proptest::prelude::*;
 
 use super::case::{Case, Random, Spec, round, specs};
-use crate::reference::bounds::{Bounds, error_bounds};
+use crate::reference::bounds::{self, Bounds, error_bounds, error_bounds_of};
 use crate::reference::{Forward, forward};
 use crate::{Alignment, Dtype, Lengths};
 
@@ -20,6 +20,9 @@ struct Arithmetic {
     /// Relative error of `exp2` and absolute error of `tanh` and `log2`, in units of 2^-21; random within it if so.
     error: f64,
     random: bool,
+    /// As Metal kernels do it: `exp2` with errors that grow with its argument, in the units that Metal allows; a maximum
+    /// that lags; weights rounded to the type of the problem.
+    metal: bool,
 }
 
 struct Elementary {
@@ -35,7 +38,10 @@ impl Elementary {
     }
 
     fn exp2(&mut self, x: f32) -> f32 {
-        (f64::from(x).exp2() * (1.0 + self.error())) as f32
+        // 3 + 2 |x| units in the last place are so many 2^-23, at most.
+        let growth = if self.arithmetic.metal { (3.0 + 2.0 * f64::from(x.abs())) / 4.0 } else { 1.0 };
+        let exact = f64::from(x).exp2();
+        if exact == 0.0 { 0.0 } else { (exact * (1.0 + growth * self.error())) as f32 }
     }
 
     fn tanh(&mut self, x: f32) -> f32 {
@@ -139,11 +145,14 @@ impl Row<'_> {
     fn block(&self, keys: std::ops::Range<usize>, state: &mut State, elementary: &mut Elementary) {
         let problem = &self.case.problem;
         let scores: Vec<f32> = keys.clone().map(|key| self.score(key, elementary)).collect();
-        let max = scores.iter().copied().fold(state.max, f32::max);
+        let Arithmetic { metal, .. } = elementary.arithmetic;
+        let largest = scores.iter().copied().fold(state.max, f32::max);
+        let max = if metal && largest <= state.max + 8.0 { state.max } else { largest };
         state.rescale(max, elementary);
         for (key, score) in keys.zip(scores) {
             let weight = elementary.exp2(score - max);
             state.sum += weight;
+            let weight = if metal { round(problem.dtype, f64::from(weight)) as f32 } else { weight };
             let value = ((self.key_start + key) * problem.key_heads + self.head / problem.group()) * problem.value_dim;
             for (column, out) in state.out.iter_mut().enumerate() {
                 *out = weight.mul_add(self.case.v[value + column] as f32, *out);
@@ -181,7 +190,7 @@ impl Row<'_> {
 fn arithmetics() -> impl Strategy<Value = Arithmetic> {
     let split = prop_oneof![Just(usize::MAX), Just(32usize), Just(64)];
     (prop_oneof![Just(16usize), Just(128)], split, -1.0..=1.0f64, any::<bool>())
-        .prop_map(|(key_block, split, error, random)| Arithmetic { key_block, split, error, random })
+        .prop_map(|(key_block, split, error, random)| Arithmetic { key_block, split, error, random, metal: false })
 }
 
 proptest! {
@@ -194,10 +203,20 @@ proptest! {
         prop_assert!(out <= 1.0 && lse <= 1.0, "{out} and {lse} times the bound");
         prop_assert!(bounds.out.iter().chain(&bounds.lse).all(|bound| bound.is_finite()));
     }
+
+    #[test]
+    fn metal_arithmetic_stays_inside(spec in specs(96, 40), arithmetic in arithmetics()) {
+        let case = Case::new(&spec);
+        let arithmetic = Arithmetic { split: usize::MAX, key_block: arithmetic.key_block / 4, metal: true, ..arithmetic };
+        let (got, want) = (float32(&case, arithmetic), forward(&case.problem, &case.inputs()));
+        let bounds = error_bounds_of(bounds::Arithmetic::metal(case.problem.dtype), &case.problem, &case.inputs());
+        let (out, lse) = bounds.worst(&want, &got);
+        prop_assert!(out <= 1.0 && lse <= 1.0, "{out} and {lse} times the bound");
+    }
 }
 
 /// Exact functions, one block.
-const PLAIN: Arithmetic = Arithmetic { key_block: 128, split: usize::MAX, error: 0.0, random: false };
+const PLAIN: Arithmetic = Arithmetic { key_block: 128, split: usize::MAX, error: 0.0, random: false, metal: false };
 
 /// Largest errors over a few random inputs, with `edit` applied to each, in units of the bounds.
 fn worst_of_many(spec: &Spec, edit: fn(&mut Case)) -> (f64, f64) {
