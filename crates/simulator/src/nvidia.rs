@@ -189,8 +189,7 @@ impl Gpu {
         // SAFETY: the text ends with a zero; the driver writes a handle.
         self.call(|driver| unsafe { (driver.cuModuleLoadData)(&raw mut module, text.as_ptr().cast()) })
             .map_err(failed)?;
-        let mut program =
-            Program { gpu: self.clone(), module, function: null_mut(), entry: entry.to_owned() };
+        let mut program = Program { gpu: self.clone(), module, function: null_mut(), entry: entry.to_owned() };
         let function = &raw mut program.function;
         // SAFETY: the name ends with a zero; the driver writes a handle.
         self.call(|driver| unsafe { (driver.cuModuleGetFunction)(function, module, name.as_ptr()) }).map_err(failed)?;
@@ -240,14 +239,15 @@ impl Gpu {
         let mut milliseconds = 0.0;
         // SAFETY: the events are valid, and both were recorded when the time between them is asked for.
         let result = unsafe {
-            self.call(|driver| (driver.cuEventRecord)(events[0], null_mut())).map_err(failed).and_then(|()| work()).and_then(
-                |()| {
+            self.call(|driver| (driver.cuEventRecord)(events[0], null_mut()))
+                .map_err(failed)
+                .and_then(|()| work())
+                .and_then(|()| {
                     self.call(|driver| (driver.cuEventRecord)(events[1], null_mut())).map_err(failed)?;
                     self.call(|driver| (driver.cuEventSynchronize)(events[1])).map_err(failed)?;
                     self.call(|driver| (driver.cuEventElapsedTime)(&raw mut milliseconds, events[0], events[1]))
                         .map_err(failed)
-                },
-            )
+                })
         };
         for event in events {
             // SAFETY: the event is not used any more.
@@ -348,7 +348,10 @@ impl Program {
 impl Drop for Program {
     fn drop(&mut self) {
         // SAFETY: nothing of the module is used any more once the GPU has finished.
-        self.gpu.synchronize().and_then(|()| self.gpu.call(|driver| unsafe { (driver.cuModuleUnload)(self.module) })).ok();
+        self.gpu
+            .synchronize()
+            .and_then(|()| self.gpu.call(|driver| unsafe { (driver.cuModuleUnload)(self.module) }))
+            .ok();
     }
 }
 

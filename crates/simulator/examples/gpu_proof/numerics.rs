@@ -203,7 +203,8 @@ impl Case {
             .map(|(rows, heads)| [1, rows as i64, heads as i64, dim]);
         let strides = shapes.map(|[_, rows, heads, dim]| [rows * heads * dim, heads * dim, dim, 1]);
         let skip = usize::from(self.packed());
-        let meta = |at: usize| TensorMeta { dtype: self.dtype, shape: &shapes[at][skip..], strides: &strides[at][skip..] };
+        let meta =
+            |at: usize| TensorMeta { dtype: self.dtype, shape: &shapes[at][skip..], strides: &strides[at][skip..] };
         let longest = |pick: fn(&(usize, usize)) -> usize| self.lengths.iter().map(pick).max().unwrap_or(0) as i64;
         let problem = if self.packed() {
             let lengths = (longest(|length| length.0), longest(|length| length.1));
@@ -303,14 +304,7 @@ impl Data {
         let exact = forward(&problem, &inputs);
         let weights = if case.tiles == [None] { Dtype::F32 } else { case.dtype };
         let bounds = error_bounds_of(Arithmetic::metal(weights), &problem, &inputs);
-        Sample {
-            row,
-            head,
-            out: exact.out,
-            out_bounds: bounds.out,
-            lse: exact.lse[0],
-            lse_bound: bounds.lse[0],
-        }
+        Sample { row, head, out: exact.out, out_bounds: bounds.out, lse: exact.lse[0], lse_bound: bounds.lse[0] }
     }
 }
 

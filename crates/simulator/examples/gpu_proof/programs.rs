@@ -2,8 +2,8 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
 
 use mtlflashattn_simulator::nvidia::{Gpu, Program};
 use mtlflashattn_simulator::ptx::{FloatProducts, translate};
@@ -28,12 +28,13 @@ impl<'a> Programs<'a> {
         Ok(Self { gpu, folder })
     }
 
-    fn path(&self, kernel: &Kernel) -> PathBuf {
+    /// Where the translation of a kernel is kept.
+    pub fn path(&self, kernel: &Kernel) -> PathBuf {
         // FNV-1a: names only have to differ where texts do.
         let text = format!("{:?} {}", kernel.float_products, kernel.source);
-        let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-        });
+        let hash = text
+            .bytes()
+            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
         self.folder.join(format!("{hash:016x}.ptx"))
     }
 
@@ -50,24 +51,30 @@ impl<'a> Programs<'a> {
     /// Translates all kernels, and loads them if there is a GPU. In the order of the list.
     pub fn load(&self, kernels: &[Kernel]) -> Result<Option<Vec<Program>>, String> {
         let next = AtomicUsize::new(0);
-        let loaded: Vec<Mutex<Option<Result<Option<Program>, String>>>> =
-            kernels.iter().map(|_| Mutex::new(None)).collect();
+        let (sender, receiver) = mpsc::channel();
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         std::thread::scope(|scope| {
             for _ in 0..threads {
-                scope.spawn(|| {
-                    while let Some(kernel) = kernels.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        let at = (std::ptr::from_ref(kernel) as usize - kernels.as_ptr() as usize) / size_of::<Kernel>();
-                        let result = self.ptx(kernel).and_then(|ptx| match self.gpu {
-                            Some(gpu) => gpu.load(&ptx, kernel.entry).map(Some).map_err(|error| error.to_string()),
-                            None => Ok(None),
-                        });
-                        *loaded[at].lock().expect("no thread panics") = Some(result);
+                let sender = sender.clone();
+                let next = &next;
+                scope.spawn(move || {
+                    loop {
+                        let at = next.fetch_add(1, Ordering::Relaxed);
+                        let Some(kernel) = kernels.get(at) else { break };
+                        sender.send((at, self.load_one(kernel))).expect("the receiver waits below");
                     }
                 });
             }
         });
-        loaded.into_iter().map(|slot| slot.into_inner().expect("no thread panics").expect("every kernel was taken")).collect()
+        drop(sender);
+        let mut loaded: Vec<_> = receiver.into_iter().collect();
+        loaded.sort_by_key(|(at, _)| *at);
+        loaded.into_iter().map(|(_, program)| program).collect()
+    }
+
+    fn load_one(&self, kernel: &Kernel) -> Result<Option<Program>, String> {
+        let ptx = self.ptx(kernel)?;
+        self.gpu.map(|gpu| gpu.load(&ptx, kernel.entry)).transpose().map_err(|error| error.to_string())
     }
 }
 

@@ -76,9 +76,8 @@ impl Data {
         let count = shape.batch * shape.heads * shape.len * shape.head_dim;
         let inputs = dtypes.iter().map(|&dtype| {
             let mut random = Random(1);
-            let mut upload = || {
-                gpu.upload(&Normals::new(dtype, count, &mut random).bytes).map_err(|error| error.to_string())
-            };
+            let mut upload =
+                || gpu.upload(&Normals::new(dtype, count, &mut random).bytes).map_err(|error| error.to_string());
             Ok((dtype, [upload()?, upload()?, upload()?]))
         });
         let inputs = inputs.collect::<Result<_, String>>()?;
@@ -157,7 +156,13 @@ fn candidate_tiles(head_dim: usize) -> Vec<MetalTile> {
 
 fn report(programs: &Programs, peer: Option<&Peer>, shape: Shape, candidates: &[Candidate]) -> Result<(), String> {
     let texts: Vec<programs::Kernel> = candidates.iter().map(|candidate| candidate.program(peer)).collect();
-    let (Some(loaded), Some(gpu)) = (programs.load(&texts)?, programs.gpu) else { return Ok(()) };
+    let loaded = programs.load(&texts)?;
+    let (Some(loaded), Some(gpu)) = (loaded, programs.gpu) else {
+        for (candidate, text) in candidates.iter().zip(&texts) {
+            println!("{} D{} {}", programs.path(text).display(), shape.head_dim, candidate.name());
+        }
+        return Ok(());
+    };
     let mut timed = measure(gpu, shape, candidates, &loaded)?;
     let Shape { batch, heads, len, head_dim, causal } = shape;
     println!(
@@ -182,9 +187,9 @@ fn measure(gpu: &Gpu, shape: Shape, candidates: &[Candidate], loaded: &[Program]
     let dtypes: Vec<Dtype> =
         [Dtype::F16, Dtype::F32].into_iter().filter(|&dtype| candidates.iter().any(|it| it.dtype() == dtype)).collect();
     let data = Data::new(gpu, shape, &dtypes)?;
-    let [sizes, factors] = [Peer::SCALAR, Peer::SIMDGROUP].map(|entry| {
-        (gpu.upload(&peer::sizes(entry, shape)), gpu.upload(&peer::factors(shape)))
-    }).map(|(sizes, factors)| sizes.and_then(|sizes| factors.map(|factors| (sizes, factors))).map_err(text));
+    let [sizes, factors] = [Peer::SCALAR, Peer::SIMDGROUP]
+        .map(|entry| (gpu.upload(&peer::sizes(entry, shape)), gpu.upload(&peer::factors(shape))))
+        .map(|(sizes, factors)| sizes.and_then(|sizes| factors.map(|factors| (sizes, factors))).map_err(text));
     let lists = [sizes?, factors?];
     let mut launches: Vec<nvidia::Launch<'_>> = Vec::new();
     for (candidate, program) in candidates.iter().zip(loaded) {

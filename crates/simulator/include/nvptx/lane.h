@@ -21,4 +21,16 @@ MSL_INLINE uint msl_simdgroup() { return msl_hardware_thread() / 32; }
 MSL_INLINE uint msl_thread() { return msl_simdgroup() * 32 + msl_lane(); }
 MSL_INLINE constexpr uint msl_tile_row(uint lane) { return (lane / 4 & 4) + lane / 2 % 4; }
 MSL_INLINE constexpr uint msl_tile_column(uint lane) { return (lane / 4 & 2) * 2 + lane % 2 * 2; }
+
+MSL_INLINE constexpr bool msl_lanes_agree() {
+  for (uint h = 0; h < 32; ++h) {
+    uint lane = msl_lane_of_hardware(h);
+    if (msl_hardware_lane(lane) != h || msl_tile_row(lane) != h / 4 || msl_tile_column(lane) != h % 4 * 2) return false;
+    // shfl.sync.bfly takes a permuted mask for a permuted lane.
+    for (uint mask = 0; mask < 32; ++mask)
+      if (msl_hardware_lane(lane ^ mask) != (h ^ msl_hardware_lane(mask))) return false;
+  }
+  return true;
+}
+static_assert(msl_lanes_agree());
 } // namespace metal
