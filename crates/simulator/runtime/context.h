@@ -29,6 +29,7 @@ enum OperationKind : unsigned {
   THREADGROUP_BARRIER,
   MATRIX_IMPORT,
   MATRIX_LOAD,
+  MATRIX_LOAD_WHOLE,
   MATRIX_MULTIPLY,
   MATRIX_STORE,
 };
@@ -41,11 +42,10 @@ struct Operation {
   const void *address;
   unsigned long stride;
   // not compared
-  const char *name;
   unsigned element_kind;
   unsigned result;
   unsigned passed; // mask of lanes
-  msl_combine combine;
+  const char *name;
 };
 
 struct Tile {
@@ -60,7 +60,8 @@ struct Departure {
   unsigned tile, after;
 };
 
-enum { WINDOW = 256, MAX_SIMDGROUPS = MSL_MAX_THREADS / 32 };
+// The window and its tiles fit the first-level cache.
+enum { WINDOW = 64, MAX_SIMDGROUPS = MSL_MAX_THREADS / 32 };
 
 // Counts of live fragments by operation, as differences.
 struct Liveness {
@@ -74,8 +75,9 @@ struct Simdgroup {
   unsigned at_barrier;        // lanes parked in a threadgroup_barrier
   unsigned first, next;       // operations [first, next) were passed by some lanes, not by all
   unsigned segment[2];        // changes with every barrier that orders memory: [0] threadgroup, [1] device
-  Operation window[WINDOW];
+  alignas(64) Operation window[WINDOW];
   void *slots[32];
+  msl_combine combine; // of the one operation that lanes wait in with slots
   Tile *tiles; // tile 0 is none
   unsigned tile_capacity, tile_count, free_tiles;
   Departure *departures; // a queue: lane 0 lets go in order

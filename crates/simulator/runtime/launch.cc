@@ -247,7 +247,8 @@ static void run_threadgroup(Context &context, const unsigned *group) {
 }
 
 static Context *new_context(msl_launch *launch) {
-  Context *context = (Context *)calloc(1, sizeof(Context));
+  Context *context = (Context *)aligned_alloc(alignof(Context), sizeof(Context));
+  memset((void *)context, 0, sizeof *context);
   context->launch = launch;
   context->random = launch->seed;
   for (unsigned thread = 0; thread < MSL_MAX_THREADS; ++thread) {

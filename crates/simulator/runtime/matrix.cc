@@ -150,7 +150,7 @@ static void execute_matrix(Context &context, Simdgroup &group, Operation &operat
     release(group, operation.a);
     release(group, operation.b);
     if (operation.c) release(group, operation.c);
-  } else if (operation.kind == MATRIX_LOAD) {
+  } else if (operation.kind == MATRIX_LOAD || operation.kind == MATRIX_LOAD_WHOLE) {
     counters.matrix_loads++;
   } else if (operation.kind == MATRIX_STORE) {
     counters.matrix_stores++;
@@ -161,19 +161,44 @@ static void execute_matrix(Context &context, Simdgroup &group, Operation &operat
   release(group, operation.result);
 }
 
-// Notes an operation that makes a tile out of two elements from each lane.
-static ALWAYS_INLINE unsigned gather(Lane &lane, const Operation &mine, unsigned born, float first_element, float second_element) {
+template <class T> static void read_tile_of(const Operation &operation, Tile &tile) {
+  const T *source = (const T *)operation.address;
+  unsigned long down = operation.flags ? 1 : operation.stride, right = operation.flags ? operation.stride : 1;
+  for (unsigned row = 0; row < 8; ++row)
+    for (unsigned column = 0; column < 8; ++column)
+      tile.at[row * 8 + column] = (float)source[row * down + column * right];
+}
+static void read_tile(const Operation &operation, Tile &tile) {
+  if (operation.element_kind == MSL_FLOAT) read_tile_of<float>(operation, tile);
+  else if (operation.element_kind == MSL_HALF) read_tile_of<_Float16>(operation, tile);
+  else read_tile_of<__bf16>(operation, tile);
+}
+
+// What the first lane does for all.
+static void begin_matrix(Lane &lane, Operation &operation, unsigned born) {
   Simdgroup &group = *lane.simdgroup;
-  bool first;
-  Operation &noted = meet(lane, mine, first);
-  if (first) noted.result = new_tile(group, mine.element_kind, born);
-  unsigned result = noted.result;
-  Tile &tile = group.tiles[result];
+  if (operation.kind == MATRIX_STORE) {
+    group.tiles[operation.a].references++;
+    use(group, operation.a, lane.passed);
+    return;
+  }
+  operation.result = new_tile(group, operation.element_kind, born);
+  if (operation.kind == MATRIX_LOAD_WHOLE) read_tile(operation, group.tiles[operation.result]);
+  if (operation.kind != MATRIX_MULTIPLY) return;
+  group.tiles[operation.a].references++;
+  group.tiles[operation.b].references++;
+  use(group, operation.a, lane.passed);
+  use(group, operation.b, lane.passed);
+  if (!operation.c) return;
+  group.tiles[operation.c].references++;
+  use_before_next(lane, operation.c); // the sum may take the place of what it adds to
+}
+
+// The tile that the operation makes; one more object of lane 0 names it.
+static ALWAYS_INLINE Tile &named_result(Lane &lane, const Operation &noted) {
+  Tile &tile = lane.simdgroup->tiles[noted.result];
   if (lane.lane == 0) tile.references++;
-  tile.at[lane.tile_offset] = first_element;
-  tile.at[lane.tile_offset + 1] = second_element;
-  pass(lane, noted);
-  return result;
+  return tile;
 }
 
 extern "C" {
@@ -181,7 +206,13 @@ unsigned msl_matrix_import(unsigned element_kind, float first, float second, uns
   Lane &lane = *current_lane();
   Operation mine = plain(MATRIX_IMPORT, "a simdgroup_matrix operation", line);
   mine.element_kind = element_kind;
-  return gather(lane, mine, born, first, second);
+  Operation &noted = meet(lane, mine, born);
+  unsigned result = noted.result;
+  float *at = named_result(lane, noted).at + lane.tile_offset;
+  at[0] = first;
+  at[1] = second;
+  pass(lane, noted);
+  return result;
 }
 
 unsigned msl_matrix_load(unsigned element_kind, float first, float second, const void *source, unsigned long stride,
@@ -192,32 +223,39 @@ unsigned msl_matrix_load(unsigned element_kind, float first, float second, const
   mine.address = source;
   mine.stride = stride;
   mine.flags = transpose;
-  return gather(lane, mine, lane.passed, first, second);
+  Operation &noted = meet(lane, mine, lane.passed);
+  unsigned result = noted.result;
+  float *at = named_result(lane, noted).at + lane.tile_offset;
+  at[0] = first;
+  at[1] = second;
+  pass(lane, noted);
+  return result;
+}
+
+unsigned msl_matrix_load_whole(unsigned element_kind, const void *source, unsigned long stride, bool transpose, int line) {
+  Lane &lane = *current_lane();
+  Operation mine = plain(MATRIX_LOAD_WHOLE, "simdgroup_load", line);
+  mine.element_kind = element_kind;
+  mine.address = source;
+  mine.stride = stride;
+  mine.flags = transpose;
+  Operation &noted = meet(lane, mine, lane.passed);
+  unsigned result = noted.result;
+  named_result(lane, noted);
+  pass(lane, noted);
+  return result;
 }
 
 unsigned msl_matrix_multiply(unsigned element_kind, unsigned a, unsigned b, unsigned c, int line) {
   Lane &lane = *current_lane();
-  Simdgroup &group = *lane.simdgroup;
   Operation mine = plain(MATRIX_MULTIPLY, "simdgroup_multiply_accumulate", line);
   mine.element_kind = element_kind;
   mine.a = a;
   mine.b = b;
   mine.c = c;
-  bool first;
-  Operation &noted = meet(lane, mine, first);
-  if (first) {
-    noted.result = new_tile(group, element_kind, lane.passed);
-    group.tiles[a].references++;
-    group.tiles[b].references++;
-    use(group, a, lane.passed);
-    use(group, b, lane.passed);
-    if (c) {
-      group.tiles[c].references++;
-      use_before_next(lane, c); // the sum may take the place of what it adds to
-    }
-  }
+  Operation &noted = meet(lane, mine, lane.passed);
   unsigned result = noted.result;
-  if (lane.lane == 0) group.tiles[result].references++;
+  named_result(lane, noted);
   pass(lane, noted);
   return result;
 }
@@ -229,12 +267,7 @@ void msl_matrix_store(unsigned tile, const void *destination, unsigned long stri
   mine.address = destination;
   mine.stride = stride;
   mine.flags = transpose;
-  bool first;
-  Operation &noted = meet(lane, mine, first);
-  if (first) {
-    lane.simdgroup->tiles[tile].references++;
-    use(*lane.simdgroup, tile, lane.passed);
-  }
+  Operation &noted = meet(lane, mine);
   pass(lane, noted);
 }
 

@@ -18,33 +18,43 @@ static void park(Lane &lane, unsigned Simdgroup::*where, const char *name, int l
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
-static ALWAYS_INLINE bool same(const Operation &x, const Operation &y) {
-  return ((x.kind ^ y.kind) | (unsigned)(x.line ^ y.line) | (x.a ^ y.a) | (x.b ^ y.b) | (x.c ^ y.c) | (x.flags ^ y.flags)) == 0 &&
-         x.address == y.address && x.stride == y.stride;
+static ALWAYS_INLINE bool same(const Operation &noted, const Operation &mine) {
+  return ((noted.kind ^ mine.kind) | (unsigned)(noted.line ^ mine.line) | (noted.a ^ mine.a) | (noted.b ^ mine.b) |
+          (noted.c ^ mine.c) | (noted.flags ^ mine.flags)) == 0 &&
+         noted.address == mine.address && noted.stride == mine.stride;
 }
 
-[[noreturn]] static void report_divergence(const Operation &noted, const Operation &mine) {
+[[noreturn]] static __attribute__((noinline)) void report_divergence(Lane &lane, const Operation mine) {
+  const Operation &noted = lane.simdgroup->window[lane.passed % WINDOW];
   if (noted.kind == mine.kind && noted.line == mine.line)
     fail(mine.line, 0, "the arguments of %s differ between the lanes of a simdgroup", mine.name);
   fail(mine.line, 0, "divergence: this lane is in %s while lanes %08x passed %s at line %d", mine.name, noted.passed,
        noted.name, noted.line);
 }
 
-// The operation that this lane has come to; `first` tells whether it is the first lane there.
-static ALWAYS_INLINE Operation &meet(Lane &lane, const Operation &mine, bool &first) {
+static void begin_matrix(Lane &lane, Operation &operation, unsigned born);
+
+// The first lane notes the operation, unless others do while it waits for room.
+static __attribute__((noinline)) void note(Lane &lane, const Operation mine, unsigned born) {
   Simdgroup &group = *lane.simdgroup;
+  while (lane.passed - group.first >= WINDOW) park(lane, &Simdgroup::waiting, mine.name, mine.line);
+  Operation &noted = group.window[lane.passed % WINDOW];
+  if (lane.passed == group.next) {
+    noted = mine;
+    group.next++;
+    if (mine.kind >= MATRIX_IMPORT) begin_matrix(lane, noted, born);
+  } else if (!same(noted, mine)) {
+    report_divergence(lane, mine);
+  }
+}
+
+// The operation that this lane has come to, as the first lane noted it.
+static ALWAYS_INLINE Operation &meet(Lane &lane, const Operation mine, unsigned born = 0) {
   check_pending(*lane.context);
   lane.line = mine.line;
-  while (__builtin_expect(lane.passed - group.first >= WINDOW, 0)) park(lane, &Simdgroup::waiting, mine.name, mine.line);
-  Operation &noted = group.window[lane.passed % WINDOW];
-  first = lane.passed == group.next;
-  if (first) {
-    noted = mine;
-    noted.passed = 0;
-    group.next++;
-  } else if (!same(noted, mine)) {
-    report_divergence(noted, mine);
-  }
+  Operation &noted = lane.simdgroup->window[lane.passed % WINDOW];
+  if (__builtin_expect(lane.passed == lane.simdgroup->next, 0)) note(lane, mine, born);
+  else if (__builtin_expect(!same(noted, mine), 0)) report_divergence(lane, mine);
   return noted;
 }
 
@@ -129,7 +139,7 @@ static void execute(Context &context, Simdgroup &group, Operation &operation) {
   switch (operation.kind) {
   case SIMD:
     context.launch->counters.simd_operations++;
-    operation.combine(group.slots, operation.passed & group.alive);
+    group.combine(group.slots, operation.passed & group.alive);
     break;
   case SIMDGROUP_BARRIER: execute_simdgroup_barrier(context, group, operation); break;
   case THREADGROUP_BARRIER: arrive_at_threadgroup_barrier(context, operation); break;
@@ -151,9 +161,8 @@ void msl_fail(int line, const char *text) { fail(line ? line : current_lane()->l
 void msl_simd(const char *name, int line, void *slot, msl_combine combine) {
   Lane &lane = *current_lane();
   Operation mine = plain(SIMD, name, line);
-  mine.combine = combine;
-  bool first;
-  Operation &noted = meet(lane, mine, first);
+  Operation &noted = meet(lane, mine);
+  lane.simdgroup->combine = combine;
   lane.simdgroup->slots[lane.lane] = slot;
   unsigned ordinal = lane.passed;
   pass(lane, noted);
@@ -164,8 +173,7 @@ void msl_simdgroup_barrier(unsigned flags, int line) {
   Lane &lane = *current_lane();
   Operation mine = plain(SIMDGROUP_BARRIER, "simdgroup_barrier", line);
   mine.flags = flags;
-  bool first;
-  Operation &noted = meet(lane, mine, first);
+  Operation &noted = meet(lane, mine);
   unsigned ordinal = lane.passed;
   pass(lane, noted);
   if (orders_memory(flags)) wait_until_complete(lane, ordinal, "simdgroup_barrier", line);
@@ -176,8 +184,7 @@ void msl_threadgroup_barrier(unsigned flags, int line) {
   Context &context = *lane.context;
   Operation mine = plain(THREADGROUP_BARRIER, "threadgroup_barrier", line);
   mine.flags = flags;
-  bool first;
-  Operation &noted = meet(lane, mine, first);
+  Operation &noted = meet(lane, mine);
   unsigned generation = context.barrier_generation;
   pass(lane, noted);
   while (context.barrier_generation == generation) park(lane, &Simdgroup::at_barrier, "threadgroup_barrier", line);

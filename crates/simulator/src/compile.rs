@@ -32,6 +32,9 @@ const UNDEFINED: &str = "array-bounds,signed-integer-overflow,shift,integer-divi
 /// # Errors
 /// [`DeviceError::Compile`] with messages that name lines of the text.
 pub fn compile(source: &str, options: &Options) -> Result<Option<PathBuf>, DeviceError> {
+    if !cfg!(target_os = "linux") {
+        return Err(DeviceError::Compile("the simulator runs on Linux only".to_owned()));
+    }
     let clang = clang::find()?;
     if !source.is_ascii() {
         return Err(DeviceError::Compile("the text must be ASCII: torch hands it to an ASCII decoder".to_owned()));

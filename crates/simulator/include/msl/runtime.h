@@ -132,6 +132,9 @@ void msl_simd(const char *name, int line, void *slot, msl_combine combine);
 unsigned msl_matrix_import(unsigned element_bytes, float first, float second, unsigned born, int line);
 unsigned msl_matrix_load(unsigned element_bytes, float first, float second, const void *source, unsigned long stride,
                          bool transpose, int line);
+// The same without the checker: the first lane reads all 64 elements. The lanes' own reads could differ only after a
+// lane wrote without a barrier.
+unsigned msl_matrix_load_whole(unsigned element_kind, const void *source, unsigned long stride, bool transpose, int line);
 unsigned msl_matrix_multiply(unsigned element_kind, unsigned a, unsigned b, unsigned c, int line);
 void msl_matrix_store(unsigned tile, const void *destination, unsigned long stride, bool transpose, int line);
 void msl_matrix_read(unsigned tile, float *elements, int line);

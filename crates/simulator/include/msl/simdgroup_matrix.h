@@ -38,7 +38,12 @@ public:
     }
     return *this;
   }
-  MSL_OUT_OF_LINE ~simdgroup_matrix() { msl_drop(); }
+#if MSL_CHECK_LAYER
+  MSL_OUT_OF_LINE
+#else
+  MSL_INLINE
+#endif
+  ~simdgroup_matrix() { msl_drop(); }
 
   // Stricter than Metal: the next operation that writes the matrix ends the life of the reference.
   MSL_INLINE thread storage_type &thread_elements(MSL_LINE) {
@@ -53,8 +58,8 @@ public:
   // for the functions below
 
   // The tile that holds the value; elements that live in the lanes become one.
-  MSL_OUT_OF_LINE uint msl_operand(int line) const {
-    if (m_state == in_tile) return m_tile;
+  MSL_INLINE uint msl_operand(int line) const { return m_state == in_tile ? m_tile : msl_imported(line); }
+  MSL_OUT_OF_LINE uint msl_imported(int line) const {
     if (m_state == stale) {
       msl_expect_no_stale_write(line);
       return m_tile;
@@ -66,7 +71,7 @@ public:
     if (m_state == local) m_state = in_tile;
     return tile;
   }
-  MSL_OUT_OF_LINE void msl_set_tile(uint tile) {
+  MSL_INLINE void msl_set_tile(uint tile) {
     msl_replace_tile(tile);
     if (m_state == shared) {
       m_elements = storage_type(__builtin_nanf("")); // whoever still holds a reference shall notice
@@ -176,22 +181,32 @@ MSL_INLINE simdgroup_matrix<T, Columns, Rows> make_diagonal_simdgroup_matrix(T v
   return simdgroup_matrix<T, Columns, Rows>(value);
 }
 
+#if MSL_CHECK_LAYER
+// In the lane, so that the checker sees who reads what.
+template <class T, class Pointer>
+MSL_INLINE void msl_load(thread simdgroup_matrix<T, 8, 8> &result, Pointer corner, ulong elements_per_row,
+                         bool transpose, int line) {
+  ulong row = msl_tile_row(msl_lane()), column = msl_tile_column(msl_lane());
+  ulong down = transpose ? 1 : elements_per_row, right = transpose ? elements_per_row : 1;
+  float first = (float)corner[row * down + column * right];
+  float second = (float)corner[row * down + (column + 1) * right];
+  result.msl_set_loaded(first, second, (const void *)corner, elements_per_row, transpose, line);
+}
+#else
+template <class T, class Pointer>
+MSL_OUT_OF_LINE void msl_load(thread simdgroup_matrix<T, 8, 8> &result, Pointer corner, ulong elements_per_row,
+                              bool transpose, int line) {
+  result.msl_set_tile(
+      msl_matrix_load_whole(msl_element_kind<T>, (const void *)corner, elements_per_row, transpose, line));
+}
+#endif
+
 #define MSL_LOAD(space)                                                                                                \
   template <class T>                                                                                                   \
   MSL_INLINE void simdgroup_load(thread simdgroup_matrix<T, 8, 8> &result, space const T *source,                      \
                                  ulong elements_per_row = 8, ulong2 origin = ulong2{0, 0}, bool transpose = false,     \
                                  MSL_LINE) {                                                                           \
-    ulong row = msl_tile_row(msl_lane()), column = msl_tile_column(msl_lane());                                        \
-    space const T *corner = source + origin.y * elements_per_row + origin.x;                                           \
-    float first, second;                                                                                               \
-    if (transpose) {                                                                                                   \
-      first = (float)corner[column * elements_per_row + row];                                                          \
-      second = (float)corner[(column + 1) * elements_per_row + row];                                                   \
-    } else {                                                                                                           \
-      first = (float)corner[row * elements_per_row + column];                                                          \
-      second = (float)corner[row * elements_per_row + column + 1];                                                     \
-    }                                                                                                                  \
-    result.msl_set_loaded(first, second, (const void *)corner, elements_per_row, transpose, msl_line);                 \
+    msl_load(result, source + origin.y * elements_per_row + origin.x, elements_per_row, transpose, msl_line);          \
   }
 MSL_FOR_READABLE(MSL_LOAD)
 
