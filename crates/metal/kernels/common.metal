@@ -26,6 +26,8 @@ struct Strides {
 struct Sizes {
     long query_len;     // of a packed batch: of its longest sequence
     long key_len;
+    long query_rows;    // of all sequences of a packed batch
+    long key_rows;
     long head_dim;
     long value_dim;
     long group;         // query heads that share a key head
@@ -95,10 +97,13 @@ Place place_of(uint3 threadgroup_position, constant Sizes& sizes
     place.value_chunk = int(threadgroup_position.y) % int(sizes.value_chunks);
     place.key_head = place.head / int(sizes.group);
 #if PACKED
-    place.query_start = query_offsets[place.batch];
-    place.query_len = query_offsets[place.batch + 1] - place.query_start;
-    place.key_start = key_offsets[place.batch];
-    place.key_len = key_offsets[place.batch + 1] - place.key_start;
+    // Nobody has looked at the offsets: what they claim beyond the tensors is cut off.
+    const int query_rows = int(sizes.query_rows);
+    const int key_rows = int(sizes.key_rows);
+    place.query_start = clamp(query_offsets[place.batch], 0, query_rows);
+    place.query_len = clamp(query_offsets[place.batch + 1], place.query_start, query_rows) - place.query_start;
+    place.key_start = clamp(key_offsets[place.batch], 0, key_rows);
+    place.key_len = clamp(key_offsets[place.batch + 1], place.key_start, key_rows) - place.key_start;
 #else
     place.query_start = 0;
     place.query_len = int(sizes.query_len);

@@ -13,12 +13,15 @@
 //! | 10 | sizes, int64 | always |
 //! | 11 | factors, float32 | always |
 //!
+//! `cu_seqlens_*` are read on the device alone: kernels cut off what they claim beyond the tensors, and do not compute
+//! rows of a sequence beyond `max_seqlen_q`.
+//!
 //! Every index is bound, as `torch.mps.compile_shader` takes arguments by position: q stands in for absent tensors, whose
 //! parameters the kernel does not have.
 
 use std::f32::consts::LOG2_E;
 
-use mtlflashattn_core::{Alignment, Problem, Strides};
+use mtlflashattn_core::{Alignment, Lengths, Problem, Strides};
 
 use crate::{Argument, Grid, Kernel};
 
@@ -47,10 +50,10 @@ impl LseStrides {
     #[must_use]
     pub const fn contiguous(problem: &Problem) -> Self {
         match problem.lengths {
-            mtlflashattn_core::Lengths::Dense { query_len, .. } => {
+            Lengths::Dense { query_len, .. } => {
                 Self { batch: (problem.query_heads * query_len) as i64, head: query_len as i64 }
             }
-            mtlflashattn_core::Lengths::Packed { total_query, .. } => Self { batch: 0, head: total_query as i64 },
+            Lengths::Packed { total_query, .. } => Self { batch: 0, head: total_query as i64 },
         }
     }
 }
@@ -103,7 +106,7 @@ impl<T: Clone> Tensors<T> {
 }
 
 /// Number of int64 sizes.
-const SIZE_COUNT: usize = 30;
+const SIZE_COUNT: usize = 32;
 /// Number of float32 factors.
 const FACTOR_COUNT: usize = 3;
 
@@ -180,9 +183,17 @@ fn sizes(problem: &Problem, chunks: usize, outputs: &Outputs) -> [i64; SIZE_COUN
     // A bound beyond every length is open as well.
     let window = |bound: Option<usize>| bound.unwrap_or(0).min(MAX_LEN) as i64;
     let strides = |strides: Strides| [strides.batch, strides.row, strides.head];
+    // Offsets of 32 bits reach no further.
+    let countable = |rows: usize| rows.min(i32::MAX as usize) as i64;
+    let key_rows = match problem.lengths {
+        Lengths::Dense { batch, key_len, .. } => batch * key_len,
+        Lengths::Packed { total_key, .. } => total_key,
+    };
     let scalars = [
         problem.lengths.max_query_len() as i64,
         problem.lengths.max_key_len() as i64,
+        countable(problem.lengths.query_rows()),
+        countable(key_rows),
         problem.head_dim as i64,
         problem.value_dim as i64,
         problem.group() as i64,

@@ -139,13 +139,13 @@ fn arguments_come_in_the_order_of_their_indices() {
         .collect();
     // q stands in for what the problem does not have.
     assert_eq!(names, ["q", "k", "v", "out", "lse", "q", "q", "q", "q", "q", "ints", "floats"]);
-    assert_eq!(launch.sizes[..9], [100, 90, 64, 80, 2, 2, 0, 0, 0]);
+    assert_eq!(launch.sizes[..11], [100, 90, 200, 180, 64, 80, 2, 2, 0, 0, 0]);
     let q_strides = [100 * 4 * 64, 4 * 64, 64];
     let v_strides = [90 * 2 * 80, 2 * 80, 80];
-    assert_eq!(launch.sizes[9..12], q_strides);
-    assert_eq!(launch.sizes[15..18], v_strides);
-    assert_eq!(launch.sizes[18..23], [7, 5, 3, 400, 100]);
-    assert_eq!(launch.sizes[23..], [0; 7]);
+    assert_eq!(launch.sizes[11..14], q_strides);
+    assert_eq!(launch.sizes[17..20], v_strides);
+    assert_eq!(launch.sizes[20..25], [7, 5, 3, 400, 100]);
+    assert_eq!(launch.sizes[25..], [0; 7]);
     let factors = [-1.0, 0.5 * std::f32::consts::LOG2_E, 0.0];
     assert_eq!(launch.factors.map(f32::to_bits), factors.map(f32::to_bits));
 }
@@ -176,5 +176,5 @@ fn windows_beyond_every_length_are_clamped() {
     let options = Options { window: (i64::MAX, 3), ..Options::default() };
     let problem = problem(Dtype::F32, [1, 10, 10, 2], &options);
     let launch = Launch::new(&problem, &Kernel::scalar(&problem, true), &outputs(&problem)).unwrap();
-    assert_eq!(launch.sizes[6..8], [MAX_LEN as i64, 3]);
+    assert_eq!(launch.sizes[8..10], [MAX_LEN as i64, 3]);
 }

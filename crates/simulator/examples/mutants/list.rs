@@ -91,14 +91,14 @@ pub const MUTANTS: &[Mutant] = &[
     bug(
         "keys start where queries do",
         PACKED,
-        "place.key_start = key_offsets[place.batch];",
-        "place.key_start = query_offsets[place.batch];",
+        "clamp(key_offsets[place.batch], 0, key_rows)",
+        "clamp(query_offsets[place.batch], 0, key_rows)",
     ),
     bug(
         "length of the next sequence",
         PACKED,
-        "key_offsets[place.batch + 1] - place.key_start",
-        "key_offsets[place.batch + 1]",
+        "place.key_start, key_rows) - place.key_start;",
+        "place.key_start, key_rows);",
     ),
     bug(
         "query start is forgotten",
