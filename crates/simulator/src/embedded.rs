@@ -27,6 +27,7 @@ pub const FILES: &[File] = files![
     "include/nvptx/barrier.h",
     "include/nvptx/elementary.h",
     "include/nvptx/entry.h",
+    "include/nvptx/instructions.h",
     "include/nvptx/lane.h",
     "include/nvptx/metal_stdlib",
     "include/nvptx/simd.h",

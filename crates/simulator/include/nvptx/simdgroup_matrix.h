@@ -76,35 +76,6 @@ MSL_FOR_READABLE(MSL_LOAD)
   }
 MSL_FOR_MEMORY(MSL_STORE)
 
-// The instructions are functions of their operands alone, hence not volatile: equal ones are computed once.
-MSL_INLINE uint msl_transposed(uint pair) {
-  uint result;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
-  return result;
-}
-// c and the result: rows 0-7, then rows 8-15.
-MSL_INLINE void msl_mma_half(thread float (&c)[4], uint a, uint b) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a), "r"(0), "r"(b));
-}
-MSL_INLINE void msl_mma_bfloat(thread float (&c)[4], uint a, uint b) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a), "r"(0), "r"(b));
-}
-// Lane t of four has columns t and t + 4 of a, and those rows of b. Here they are 2 t and 2 t + 1, in both alike.
-MSL_INLINE void msl_mma_tf32(thread float (&c)[4], thread const uint (&upper)[2], thread const uint (&lower)[2],
-                             thread const uint (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(upper[0]), "r"(lower[0]), "r"(upper[1]), "r"(lower[1]), "r"(b[0]), "r"(b[1]));
-}
-MSL_INLINE uint msl_tf32(float x) {
-  uint result;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(x));
-  return result;
-}
 MSL_INLINE float msl_rest(float x, uint high) { return x - __builtin_bit_cast(float, high); }
 
 // Row 2 t and 2 t + 1 of b in column g of a lane, from row g and columns 2 t and 2 t + 1.
@@ -127,6 +98,7 @@ template <class A, class B> MSL_INLINE void msl_multiply(thread float (&c)[4], v
   } else if constexpr (is_same_v<A, bfloat> && is_same_v<B, bfloat>) {
     msl_mma_bfloat(c, __builtin_bit_cast(uint, a), msl_transposed(__builtin_bit_cast(uint, b)));
   } else {
+    // Lane t of four has columns t and t + 4 of a, and those rows of b: they stand for 2 t and 2 t + 1, in both alike.
     float turned[2];
     msl_turn<B>(b, turned);
     const uint upper[2] = {msl_tf32((float)a[0]), msl_tf32((float)a[1])};
