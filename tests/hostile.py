@@ -124,8 +124,8 @@ class Attempts:
             self.outcomes["served"] += 1
 
 
-def survive(seed: int) -> None:
-    """Makes thousands of calls, the random ones after `seed`, and says so at the end."""
+def survive(seed: int, rounds: int = 1000) -> None:
+    """Makes hundreds of calls, and `rounds` times three after `seed`; says so at the end."""
     warnings.simplefilter("ignore")
     torch.manual_seed(seed)
     chance = random.Random(seed)  # noqa: S311
@@ -140,7 +140,7 @@ def survive(seed: int) -> None:
         attempt(flash_attn_qkvpacked_func, tensor)
         attempt(flash_attn_kvpacked_func, plain, tensor)
         attempt(plan, tensor, tensor, tensor)
-    for _ in range(1000):
+    for _ in range(rounds):
         attempt(flash_attn_func, *_mixed(chance, tensors), **_options(chance))
         extras = [_sometimes(chance, strange_extras()) for _ in range(3)]
         names = ("bias", "mask", "sinks")
@@ -149,7 +149,7 @@ def survive(seed: int) -> None:
         lengths: list[Any] = [*chance.choices(strange_offsets()[:6], k=2), 10, 10]
         lengths[chance.randrange(4)] = chance.choice([*strange_offsets(), *NUMBERS])
         attempt(flash_attn_varlen_func, q, k, v, *lengths, **_options(chance))
-    assert min(attempt.outcomes.values()) > 300, attempt.outcomes
+    assert min(attempt.outcomes.values()) > 0.3 * rounds, attempt.outcomes
     print("survived", dict(attempt.outcomes))
 
 

@@ -501,6 +501,14 @@ def test_hostile_inputs_are_served_or_refused(child: Any, tier: str, seed: int) 
     assert process.stdout.startswith("survived")
 
 
+def test_hostile_inputs_are_served_or_refused_by_metal_kernels(child: Any) -> None:
+    # Features make kernels: without the check before first use each is compiled and that is all.
+    env = {"MTLFLASHATTN_DEVICE": "simulator", "MTLFLASHATTN_PROBE": "off"}
+    env["MTLFLASHATTN_KERNEL"] = "scalar"
+    process = child("import hostile; hostile.survive(3, 150)", PYTHONPATH=TESTS, **env)
+    assert process.stdout.startswith("survived")
+
+
 FORK = """
 import warnings; warnings.simplefilter("ignore")
 import os, torch
