@@ -292,12 +292,9 @@ impl Run {
         let dtype = self.case.dtype;
         let tensor = pick(self);
         let skip = 4 - tensor.shape.len();
-        let mut at = 0;
-        let mut order = 0;
-        for axis in skip..4 {
-            at += index[axis] as i64 * tensor.strides[axis - skip];
-            order = order * tensor.shape[axis - skip] as usize + index[axis];
-        }
+        let axes = || index[skip..].iter().zip(&tensor.strides).zip(&tensor.shape);
+        let at: i64 = axes().map(|((&index, stride), _)| index as i64 * stride).sum();
+        let order = axes().fold(0, |order, ((index, _), &size)| order * size as usize + index);
         let (encoded, rounded) = encode(dtype, value);
         tensor.bytes[at as usize * dtype.size()..][..dtype.size()].copy_from_slice(&encoded);
         tensor.exact[order] = rounded;
