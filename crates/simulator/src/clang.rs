@@ -53,10 +53,15 @@ fn probe(path: &Path) -> Option<Clang> {
     let output = Command::new(path).arg("--version").stderr(Stdio::null()).output().ok()?;
     let text = String::from_utf8_lossy(&output.stdout);
     let version = text.lines().next()?.to_owned();
+    is_new_enough(&version).then(|| Clang { path: path.to_owned(), version })
+}
+
+/// Whether the first line of `--version` is that of a clang that fits.
+fn is_new_enough(version: &str) -> bool {
     // Apple's numbers run ahead of LLVM's: Apple clang 17 is built on LLVM 19.
     let oldest = if version.contains("Apple") { OLDEST - 2 } else { OLDEST };
-    let major: u32 = version.split("version ").nth(1)?.split('.').next()?.parse().ok()?;
-    (version.contains("clang") && major >= oldest).then(|| Clang { path: path.to_owned(), version })
+    let number = version.split("clang version ").nth(1).and_then(|rest| rest.split('.').next());
+    number.and_then(|number| number.parse().ok()).is_some_and(|major: u32| major >= oldest)
 }
 
 impl Clang {
@@ -85,5 +90,25 @@ impl Clang {
         } else {
             Err(DeviceError::Compile(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_new_clang_fits() {
+        for version in [
+            "Debian clang version 19.1.7 (3~deb12u1)",
+            "clang version 18.1.0",
+            "Apple clang version 16.0.0 (clang-1600)",
+        ] {
+            assert!(is_new_enough(version), "{version}");
+        }
+        for version in ["clang version 17.0.6", "Apple clang version 15.0.0", "g++ (Debian 12.2.0-14) 12.2.0", ""] {
+            assert!(!is_new_enough(version), "{version}");
+        }
+        assert!(probe(Path::new("no-such-compiler")).is_none());
     }
 }

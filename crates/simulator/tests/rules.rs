@@ -743,3 +743,28 @@ fn too_much_stack_is_caught() {
         expect(&caught(options, body), &["need more than 256 KiB of stack"]);
     }
 }
+
+#[test]
+fn a_text_is_compiled_once_per_build() {
+    let cache = std::env::temp_dir().join(format!("simulator-cache-{}", std::process::id()));
+    let options = |finite_math| Options { cache: Some(cache.clone()), ..fast().with_finite_math(finite_math) };
+    let libraries = || {
+        let names = std::fs::read_dir(&cache).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| !name.starts_with("toolchain-")).count()
+    };
+    let pipeline = |finite_math, source: &str| Simulator::new(options(finite_math)).pipeline(source, "k").unwrap();
+    let source = kernel(REVERSE);
+    for (finite_math, text, expected) in
+        [(false, &source, 1), (false, &source, 1), (true, &source, 2), (false, &source.replace("63", "62"), 3)]
+    {
+        pipeline(finite_math, text);
+        assert_eq!(libraries(), expected);
+    }
+    std::fs::remove_dir_all(&cache).unwrap();
+}
+
+#[test]
+fn a_text_must_be_ascii() {
+    let error = Simulator::new(fast()).pipeline(&kernel("out[tid] = 0.0f; // \u{b7}"), "k").unwrap_err();
+    expect(&error.to_string(), &["ASCII"]);
+}
