@@ -37,7 +37,7 @@ fn count(text: &str, part: &str) -> usize {
 
 /// Runs NVIDIA's assembler if there is one, and returns what it says about registers and spills.
 fn assemble(ptx: &str) -> Option<String> {
-    let path = std::env::var_os("MTLFLASHATTN_PTXAS").unwrap_or_else(|| "ptxas".into());
+    let path = std::env::var_os("PTXAS").unwrap_or_else(|| "ptxas".into());
     let mut child = Command::new(path)
         .args(["-arch=sm_90", "-v", "-o", "/dev/null", "/dev/stdin"])
         .stdin(Stdio::piped())
