@@ -12,6 +12,7 @@ use mtlflashattn_metal::DeviceError;
 use crate::library::{FaultFunction, KernelLibrary};
 
 /// The dispatch that runs on a thread.
+#[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "faults are caught on Linux only"))]
 #[derive(Clone, Copy)]
 struct Running {
     stacks: (usize, usize),
@@ -247,6 +248,7 @@ mod platform {
     pub struct Timer;
 
     impl Timer {
+        #[expect(clippy::unnecessary_wraps, reason = "the signature is that of the other platform")]
         pub fn start(_limit: Duration) -> Result<Self, DeviceError> {
             Ok(Timer)
         }

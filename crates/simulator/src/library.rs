@@ -106,6 +106,7 @@ pub struct Launch {
 }
 
 /// What the landing gets in place of an address when the time limit has passed.
+#[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "timers interrupt kernels on Linux only"))]
 pub const TIME_IS_UP: usize = 1;
 
 /// The runtime's landing for a memory fault.
