@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import hypothesis
 import pytest
 import torch
+from tool_variables import TOOLS
 
 # Machines that run tests are shared: a slow example is no failure.
 hypothesis.settings.register_profile(
@@ -21,10 +22,6 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("default")
-
-
-# Where the simulator finds its compiler, and keeps what that made.
-TOOLS = {"MTLFLASHATTN_CLANG", "MTLFLASHATTN_SIMULATOR_CACHE"}
 
 
 def _is_setting(name: str) -> bool:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TOOLS
 from metal_flash_attn import plan
 from metal_flash_attn._cli import main
+from tool_variables import TOOLS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md")])
