@@ -184,23 +184,11 @@ impl Kernel {
 
     /// Static threadgroup memory in bytes.
     #[must_use]
-    pub fn threadgroup_bytes(&self) -> usize {
-        let Some(head_dim) = self.head_dim else { return 0 };
-        let parked = match self.tile.query {
-            QueryHome::Threadgroup => self.tile.rows() * head_dim.next_multiple_of(FRAGMENT) * self.dtype.size(),
-            _ => 0,
-        };
-        parked + self.staged_bytes()
-    }
-
-    /// Threadgroup memory of staged K and V; each row is followed by 16 bytes, so that rows start in different banks.
-    fn staged_bytes(&self) -> usize {
-        let Some(head_dim) = self.head_dim else { return 0 };
-        if !self.tile.staged {
-            return 0;
+    pub const fn threadgroup_bytes(&self) -> usize {
+        match self.head_dim {
+            Some(head_dim) => self.tile.threadgroup_bytes(self.dtype, head_dim),
+            None => 0,
         }
-        let row = |columns: usize| columns.next_multiple_of(FRAGMENT) * self.dtype.size() + 16;
-        self.tile.keys * (row(head_dim) + row(self.tile.value_chunk))
     }
 
     /// Whether the tile is one that the kernel can have: sizes in whole fragments, threads and threadgroup memory

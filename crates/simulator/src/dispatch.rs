@@ -4,6 +4,7 @@ use std::ffi::{CStr, c_char, c_uint};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use mtlflashattn_core::plan::occupancy::THREADGROUP_MEMORY;
 use mtlflashattn_metal::{Argument, Device, DeviceError, Grid};
 
 use crate::buffer::Buffer;
@@ -18,7 +19,7 @@ use crate::stacks::with_stacks;
 use crate::symbols::line_at;
 
 /// Threadgroup memory of every Apple GPU, in bytes (Metal feature set tables).
-const THREADGROUP_MEMORY_LIMIT: u64 = 32 << 10;
+const THREADGROUP_MEMORY_LIMIT: u64 = THREADGROUP_MEMORY as u64;
 
 /// A device that runs MSL text on this machine's processor.
 ///

@@ -21,6 +21,7 @@ pub const FILES: &[File] = files![
     "include/msl/scalar.h",
     "include/msl/simd.h",
     "include/msl/simdgroup_matrix.h",
+    "include/msl/source.h",
     "include/msl/threadgroup_array.h",
     "include/msl/traits.h",
     "include/msl/vector.h",

@@ -9,8 +9,8 @@ use common::{Case, Run};
 use mtlflashattn_core::plan::occupancy::KernelShape;
 use mtlflashattn_core::plan::{Chip, FRAGMENT, Gpu, Planner, QueryHome};
 use mtlflashattn_core::{Demotions, Device, Dtype, Lengths, MetalTile, Problem, Settings};
-use mtlflashattn_metal::Kernel;
-use mtlflashattn_simulator::{Layer, Options, Report};
+use mtlflashattn_metal::{Device as _, Kernel};
+use mtlflashattn_simulator::{Layer, Options, Report, Simulator};
 
 /// The tile for a long problem like this one.
 fn planned(problem: &Problem, chip: &str) -> MetalTile {
@@ -39,6 +39,9 @@ fn count(chip: &str, dtype: Dtype, head_dim: usize, value_dim: usize) -> Count {
     let run = Run::new(&case(tile.rows()));
     let kernel = Kernel::simdgroup(&run.problem, tile, true);
     let name = format!("{chip} {dtype} {head_dim}/{value_dim}: {tile}");
+    let pipeline = Simulator::new(Options::new(Layer::Check)).pipeline(&kernel.source(), kernel.entry()).unwrap();
+    // What the planner counts is what the text declares.
+    assert_eq!(pipeline.threadgroup_memory_bytes(), kernel.threadgroup_bytes() as u64, "{name}");
     let report = Bench::new(Options::new(Layer::Check)).count(&kernel, &run).unwrap_or_else(|e| panic!("{name}: {e}"));
     let shape = KernelShape::of(&run.problem, Chip::from_name(chip).generation() >= 3);
     Count { name, tile, shape, report }

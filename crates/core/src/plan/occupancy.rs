@@ -31,8 +31,6 @@ pub const THREADGROUP_MEMORY: usize = 32 * 1024;
 const THREADGROUP_UNIT: usize = 256;
 /// Threadgroup memory of a core in bytes: published measurements say 60 to 64 KiB.
 const CORE_MEMORY: usize = 60 * 1024;
-/// Bytes by which a staged row is longer than its elements, so that the rows of a fragment lie in different banks.
-const ROW_PADDING: usize = 16;
 
 /// Registers of a kernel beside fragments: addresses of small arrays, counters, thread and lane positions.
 const BASE_HALVES: usize = 30;
@@ -131,7 +129,7 @@ impl Occupancy {
     pub fn predict(tile: &MetalTile, shape: &KernelShape) -> Self {
         let halves = predict_halves(tile, shape);
         let threads = threads_of_core(halves);
-        let threadgroup_bytes = threadgroup_bytes(tile, shape);
+        let threadgroup_bytes = tile.threadgroup_bytes(shape.dtype, shape.head_dim).next_multiple_of(THREADGROUP_UNIT);
         let by_memory = CORE_MEMORY.checked_div(threadgroup_bytes).unwrap_or(usize::MAX);
         Self { halves, threads, threadgroup_bytes, threadgroups: by_memory.min(threads / tile.threads()) }
     }
@@ -165,15 +163,6 @@ fn predict_halves(tile: &MetalTile, shape: &KernelShape) -> usize {
     // Unrolled loads of K run ahead of the products: seen as a growth with keys times head_dim.
     let ahead = keys * unrolled * operand / 8;
     BASE_HALVES + ADDRESS_HALVES + tile.row_fragments * row + ahead + shape.features.halves(tile.row_fragments)
-}
-
-/// Threadgroup memory: a block of K and one of V if they are staged, and Q if it lives there.
-fn threadgroup_bytes(tile: &MetalTile, shape: &KernelShape) -> usize {
-    let row = |columns: usize| columns.next_multiple_of(FRAGMENT) * shape.dtype.size();
-    let staged =
-        if tile.staged { tile.keys * (row(shape.head_dim) + row(tile.value_chunk) + 2 * ROW_PADDING) } else { 0 };
-    let query = if tile.query == QueryHome::Threadgroup { tile.rows() * row(shape.head_dim) } else { 0 };
-    (staged + query).next_multiple_of(THREADGROUP_UNIT)
 }
 
 #[cfg(test)]

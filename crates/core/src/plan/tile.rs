@@ -3,10 +3,12 @@
 use std::fmt;
 
 use super::occupancy::{KernelShape, MOST_HALVES, Occupancy, THREADGROUP_MEMORY};
-use crate::{Lengths, Problem};
+use crate::{Dtype, Lengths, Problem};
 
 /// Rows and columns of one `simdgroup_matrix`, the unit of every size of a [`MetalTile`].
 pub const FRAGMENT: usize = 8;
+/// Bytes by which a staged row is longer than its elements, so that the rows of a fragment lie in different banks.
+const ROW_PADDING: usize = 16;
 
 /// The tile of the simdgroup kernel: what one threadgroup computes, and what its registers hold.
 ///
@@ -80,6 +82,17 @@ impl MetalTile {
     #[must_use]
     pub const fn passes(&self, value_dim: usize) -> usize {
         value_dim.div_ceil(self.value_chunk)
+    }
+
+    /// Threadgroup memory in bytes, as the kernel declares it: a block of K and one of V if they are staged, and Q if it
+    /// lives there.
+    #[must_use]
+    pub const fn threadgroup_bytes(&self, dtype: Dtype, head_dim: usize) -> usize {
+        let key_row = head_dim.next_multiple_of(FRAGMENT) * dtype.size();
+        let value_row = self.value_chunk.next_multiple_of(FRAGMENT) * dtype.size();
+        let staged = if self.staged { self.keys * (key_row + value_row + 2 * ROW_PADDING) } else { 0 };
+        let query = if matches!(self.query, QueryHome::Threadgroup) { self.rows() * key_row } else { 0 };
+        staged + query
     }
 }
 

@@ -2,6 +2,8 @@
 // Plain C types and no address spaces: the runtime is compiled once and linked into every kernel library.
 #pragma once
 
+#include "source.h"
+
 extern "C" {
 
 // ---- the launch: filled by the driver (src/library.rs mirrors these structs) ----
@@ -18,28 +20,6 @@ struct msl_position {
   unsigned thread_index_in_simdgroup;
   unsigned simdgroups_per_threadgroup;
   unsigned threads_per_simdgroup;
-};
-
-enum msl_source_kind : unsigned {
-  MSL_BUFFER,
-  MSL_THREADGROUP_MEMORY,
-  MSL_THREAD_POSITION_IN_GRID,
-  MSL_THREADGROUP_POSITION_IN_GRID,
-  MSL_THREAD_POSITION_IN_THREADGROUP,
-  MSL_THREADS_PER_GRID,
-  MSL_THREADS_PER_THREADGROUP,
-  MSL_THREADGROUPS_PER_GRID,
-  MSL_THREAD_INDEX_IN_THREADGROUP,
-  MSL_SIMDGROUP_INDEX_IN_THREADGROUP,
-  MSL_THREAD_INDEX_IN_SIMDGROUP,
-  MSL_SIMDGROUPS_PER_THREADGROUP,
-  MSL_THREADS_PER_SIMDGROUP,
-};
-
-// Where a parameter of a kernel comes from: its [[attribute(index)]].
-struct msl_source {
-  msl_source_kind kind;
-  unsigned index;
 };
 
 struct msl_parameter {

@@ -2,25 +2,8 @@
 // kernel, whose only parameter is the table of buffers.
 #pragma once
 
-enum msl_source_kind : unsigned {
-  MSL_BUFFER,
-  MSL_THREADGROUP_MEMORY,
-  MSL_THREAD_POSITION_IN_GRID,
-  MSL_THREADGROUP_POSITION_IN_GRID,
-  MSL_THREAD_POSITION_IN_THREADGROUP,
-  MSL_THREADS_PER_GRID,
-  MSL_THREADS_PER_THREADGROUP,
-  MSL_THREADGROUPS_PER_GRID,
-  MSL_THREAD_INDEX_IN_THREADGROUP,
-  MSL_SIMDGROUP_INDEX_IN_THREADGROUP,
-  MSL_THREAD_INDEX_IN_SIMDGROUP,
-  MSL_SIMDGROUPS_PER_THREADGROUP,
-  MSL_THREADS_PER_SIMDGROUP,
-};
-struct msl_source {
-  msl_source_kind kind;
-  unsigned index;
-};
+#include "msl/source.h"
+
 // Addresses in device memory, by [[buffer(n)]]; Metal has 31 of them.
 struct msl_buffers {
   ulong address[31];
