@@ -477,10 +477,12 @@ impl Work<'_, '_, Scratch> {
             let (out, factor) = (self.at(self.out::<S>(panel) + lane), S::load(factors.add(lane)));
             if self.in_place::<S, T>(lane, &rows, self.call.problem.value_dim) {
                 let to = self.call.out_row::<f32>(self.task, rows.start + lane);
-                self.transpose_out::<S>(out, factor, to, self.call.outputs.out_strides.row as isize);
+                let stride = self.call.outputs.out_strides.row as isize;
+                // Behind the last column lies the next row, or memory of somebody else: the padding stays out.
+                transpose_out::<S>(out, factor, self.call.problem.value_dim, to, stride);
             } else {
                 let (staged, stride) = (self.at(self.scratch.rows), self.scratch.value_dim);
-                self.transpose_out::<S>(out, factor, staged, stride as isize);
+                transpose_out::<S>(out, factor, stride, staged, stride as isize);
                 for i in 0..S::LANES.min(rows.len() - lane) {
                     let to = self.call.out_row::<T>(self.task, rows.start + lane + i);
                     narrow::<S, T>(staged.add(i * stride), self.call.problem.value_dim, to);
@@ -492,14 +494,6 @@ impl Work<'_, '_, Scratch> {
         }
     }
 
-    /// `[value_dim][PANEL]` times `factor` becomes rows.
-    #[inline(always)]
-    unsafe fn transpose_out<S: Simd>(&self, out: *const f32, factor: S::Vector, to: *mut f32, stride: isize) {
-        for column in (0..self.scratch.value_dim).step_by(S::LANES) {
-            S::transpose(out.add(column * S::PANEL), S::PANEL as isize, factor, to.add(column), stride);
-        }
-    }
-
     /// Output, maximum and sum of each row for [`crate::merge`].
     #[inline(always)]
     unsafe fn finish_partial<S: Simd>(&self, panel: usize, rows: &Range<usize>, partial: *mut f32) {
@@ -508,7 +502,7 @@ impl Work<'_, '_, Scratch> {
         for (lane, row) in rows.clone().enumerate() {
             if lane % S::LANES == 0 {
                 let out = self.at(self.out::<S>(panel) + lane);
-                self.transpose_out::<S>(out, S::splat(1.0), staged, stride as isize);
+                transpose_out::<S>(out, S::splat(1.0), stride, staged, stride as isize);
             }
             let to = partial.add((row - self.task.rows.start) * (value_dim + 2));
             to.copy_from_nonoverlapping(staged.add(lane % S::LANES * stride), value_dim);
@@ -526,6 +520,14 @@ impl Work<'_, '_, Scratch> {
                 prefetch::<S>(self.call.out_row::<T>(self.task, row).cast(), width * size_of::<T>());
             }
         }
+    }
+}
+
+/// `[columns][PANEL]` times `factor` becomes rows; `columns` is a multiple of the lanes.
+#[inline(always)]
+unsafe fn transpose_out<S: Simd>(out: *const f32, factor: S::Vector, columns: usize, to: *mut f32, stride: isize) {
+    for column in (0..columns).step_by(S::LANES) {
+        S::transpose(out.add(column * S::PANEL), S::PANEL as isize, factor, to.add(column), stride);
     }
 }
 

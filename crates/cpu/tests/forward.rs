@@ -177,6 +177,23 @@ fn the_order_of_a_cache_changes_no_bit() {
 }
 
 #[test]
+fn no_head_dimension_writes_behind_its_rows() {
+    for head_dim in 1..72 {
+        // Full vectors of rows and a partial one, with and without float32 rows that are written in place.
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            let run =
+                Run::new(&Case { dtype, lengths: vec![(37, 3)], head_dim, value_dim: head_dim, ..Case::default() });
+            for isa in Isa::available() {
+                for tile in tiles(&run, isa) {
+                    let results = run.engine(isa, &tile, 1);
+                    run.check(&results).unwrap_or_else(|e| panic!("{} {tile:?} D{head_dim}: {e}", isa.name()));
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn a_nan_in_any_input_reaches_the_output() {
     for path in [CpuPath::Panels, CpuPath::Decode] {
         for spread in [f64::NAN, f64::INFINITY] {
