@@ -33,7 +33,9 @@ mod record;
 mod store;
 
 pub use folder::default_folder;
-pub use record::{Fields, Fingerprint, MAX_VERDICTS, Machine, Outcome, Record, TunedTile, Verdict, unix_seconds};
+pub use record::{
+    Fields, Fingerprint, MAX_VERDICTS, Machine, Outcome, Record, TunedTile, Variant, Verdict, unix_seconds,
+};
 pub use store::{Cache, VERSION};
 
 use std::io;

@@ -59,12 +59,11 @@ pub enum Outcome {
     Failed(String),
 }
 
-/// What the probe of one kernel variant showed.
+/// What a kernel was specialised for, in words. The words are the same for an edited kernel, whose verdict so takes the
+/// place of the old one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Verdict {
-    /// The kernel that was probed. One with another fingerprint has to be probed anew.
-    pub fingerprint: Fingerprint,
-    /// Name of its tier.
+pub struct Variant {
+    /// Name of the tier.
     pub tier: String,
     /// Element type of q, k, v and the output, as torch names it.
     pub dtype: String,
@@ -72,10 +71,28 @@ pub struct Verdict {
     pub head_dim: Option<usize>,
     /// Columns of v; as above.
     pub value_dim: Option<usize>,
+    /// The tile.
+    pub tile: String,
     /// Names of the features that are compiled in.
     pub features: Vec<String>,
-    /// Its tile, in words.
-    pub tile: String,
+}
+
+impl fmt::Display for Variant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let dim = |dim: Option<usize>| dim.map_or_else(|| "any".into(), |dim| dim.to_string());
+        let Self { tier, dtype, head_dim, value_dim, tile, features } = self;
+        let (head_dim, value_dim) = (dim(*head_dim), dim(*value_dim));
+        write!(f, "{tier} {dtype} {head_dim}/{value_dim} [{}] {tile}", features.join(", "))
+    }
+}
+
+/// What the probe of one kernel variant showed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verdict {
+    /// The variant.
+    pub variant: Variant,
+    /// The kernel that was probed. One with another fingerprint has to be probed anew.
+    pub fingerprint: Fingerprint,
     /// The verdict.
     pub outcome: Outcome,
     /// What the pipeline says about itself. On an M1 or M2 this tells the class of registers that Apple's compiler chose.
@@ -128,14 +145,24 @@ pub struct TunedTile {
 /// What one machine has shown.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
-    /// Verdicts by the name of their kernel variant. The name stays when the text of a kernel is edited, so that the new
-    /// verdict takes the place of the old one.
+    /// Verdicts by the words for their variant.
     pub verdicts: BTreeMap<String, Verdict>,
     /// Tuned tiles by the name of their kind of problem.
     pub tiles: BTreeMap<String, TunedTile>,
 }
 
 impl Record {
+    /// The verdict on `variant`, unless its kernel was another.
+    #[must_use]
+    pub fn verdict(&self, variant: &Variant, fingerprint: &Fingerprint) -> Option<&Verdict> {
+        self.verdicts.get(&variant.to_string()).filter(|verdict| verdict.fingerprint == *fingerprint)
+    }
+
+    /// Keeps `verdict` in the place of an earlier one on its variant.
+    pub fn insert(&mut self, verdict: Verdict) {
+        self.verdicts.insert(verdict.variant.to_string(), verdict);
+    }
+
     /// What the first uses of all kernels cost together.
     #[must_use]
     pub fn first_use_cost(&self) -> Duration {

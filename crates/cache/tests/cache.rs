@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
 use mtlflashattn_cache::{
-    Cache, Error, Fields, Fingerprint, MAX_VERDICTS, Machine, Outcome, Record, TunedTile, VERSION, Verdict,
+    Cache, Error, Fields, Fingerprint, MAX_VERDICTS, Machine, Outcome, Record, TunedTile, VERSION, Variant, Verdict,
 };
 
 fn machine(os: &str) -> Machine {
@@ -16,13 +16,15 @@ fn machine(os: &str) -> Machine {
 
 fn verdict(checked_at: u64) -> Verdict {
     Verdict {
+        variant: Variant {
+            tier: "simdgroup".into(),
+            dtype: "float16".into(),
+            head_dim: Some(64),
+            value_dim: None,
+            tile: "4 simdgroups".into(),
+            features: vec!["window_right".into(), "lse".into()],
+        },
         fingerprint: Fingerprint::of(["text"]),
-        tier: "simdgroup".into(),
-        dtype: "float16".into(),
-        head_dim: Some(64),
-        value_dim: None,
-        features: vec!["window_right".into()],
-        tile: "4 simdgroups".into(),
         outcome: Outcome::Failed("off by \"2\" times\n\u{1F4A5}".into()),
         max_threads_per_threadgroup: Some(576),
         launches: 3,
@@ -84,7 +86,22 @@ fn first_uses_cost_what_their_parts_cost() {
     for verdict in record.verdicts.values_mut() {
         verdict.compile_micros = 500;
     }
-    assert_eq!(record.first_use_cost(), Duration::from_micros(4000));
+    assert_eq!(record.first_use_cost(), Duration::from_millis(4));
+}
+
+#[test]
+fn an_edited_kernel_has_no_verdict_until_its_own_takes_the_place_of_the_old_one() {
+    let mut record = Record::default();
+    let old = verdict(1);
+    record.insert(old.clone());
+    assert_eq!(record.verdict(&old.variant, &old.fingerprint), Some(&old));
+    let edited = Verdict { fingerprint: Fingerprint::of(["edited"]), ..verdict(2) };
+    assert_eq!(record.verdict(&edited.variant, &edited.fingerprint), None);
+    record.insert(edited.clone());
+    assert_eq!(record.verdicts.len(), 1);
+    assert_eq!(record.verdict(&edited.variant, &edited.fingerprint), Some(&edited));
+    let words: Vec<&str> = record.verdicts.keys().map(String::as_str).collect();
+    assert_eq!(words, ["simdgroup float16 64/any [window_right, lse] 4 simdgroups"]);
 }
 
 #[test]
