@@ -1,4 +1,4 @@
-"""`python -m metal_flash_attn`: what would serve a call, and by which kernel text."""
+"""`python -m metal_flash_attn`: what works here, and what would serve a call."""
 
 import sys
 

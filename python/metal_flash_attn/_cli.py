@@ -1,12 +1,15 @@
-"""The command line: plans and kernel texts for Apple GPUs, which need not be in this machine."""
+"""The command line: doctor, and plans and kernel texts for GPUs that need not be here."""
+
+# Only doctor has to run where torch or the extension module cannot be imported.
+# ruff: noqa: PLC0415
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ._native import _kernel_text, _plan_elsewhere
+from . import _doctor, _doctor_text
 
 _PLAN_EXAMPLE = (
     "example: python -m metal_flash_attn plan --gpu m3-max --macos 26.2 --torch 2.15 --dtype f16 "
@@ -44,11 +47,14 @@ def _add_call(parser: argparse.ArgumentParser) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m metal_flash_attn", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    doctor = commands.add_parser("doctor", help="what works on this machine, and what does not")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_run_doctor)
     plan = commands.add_parser(
         "plan", help="what would serve a call, and why", epilog=_PLAN_EXAMPLE
     )
     _add_call(plan)
-    plan.set_defaults(head_dim=None, value_dim=None, tier=None)
+    plan.set_defaults(run=_run_plan, head_dim=None, value_dim=None, tier=None)
     msl = commands.add_parser("msl", help="the text of a Metal kernel", epilog=_MSL_EXAMPLE)
     msl.add_argument(
         "--tier", default="simdgroup", help="simdgroup or scalar (default: %(default)s)"
@@ -56,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     msl.add_argument("--head-dim", type=int, help="columns of q and k, where --q is not given")
     msl.add_argument("--value-dim", type=int, help="columns of v (default: those of k)")
     _add_call(msl)
+    msl.set_defaults(run=_run_msl)
     return parser
 
 
@@ -118,21 +125,47 @@ def _print_kernel(answer: dict[str, Any]) -> None:
     sys.stdout.write(answer["source"])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; wrong arguments end the process with status 2, as argparse does."""
-    parser = _parser()
-    options = vars(parser.parse_args(arguments))
-    command, as_json = options.pop("command"), options.pop("json")
-    ask, show = {
-        "plan": (_plan_elsewhere, _print_plan),
-        "msl": (_kernel_text, _print_kernel),
-    }[command]
-    try:
-        answer = ask(options)
-    except (ValueError, TypeError, NotImplementedError) as error:
-        parser.exit(2, f"{parser.prog} {command}: error: {error}\n")
-    if as_json:
+def _run_doctor(options: dict[str, Any]) -> int:
+    report = _doctor.examine()
+    if options["json"]:
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        sys.stdout.write(_doctor_text.render(report))
+    return 0 if report.ok else 1
+
+
+def _run_plan(options: dict[str, Any]) -> int:
+    from ._native import _plan_elsewhere
+
+    return _answer(_plan_elsewhere(options), options, _print_plan)
+
+
+def _run_msl(options: dict[str, Any]) -> int:
+    from ._native import _kernel_text
+
+    return _answer(_kernel_text(options), options, _print_kernel)
+
+
+def _answer(
+    answer: dict[str, Any], options: dict[str, Any], show: Callable[[dict[str, Any]], None]
+) -> int:
+    if options["json"]:
         print(json.dumps(answer, indent=2))
     else:
         show(answer)
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; wrong arguments end the process with status 2, as argparse does."""
+    parser = _parser()
+    options = vars(parser.parse_args(arguments))
+    command, run = options["command"], options["run"]
+    try:
+        status: int = run(options)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        parser.exit(2, f"{parser.prog} {command}: error: {error}\n")
+    except ImportError as error:
+        advice = f"`{parser.prog} doctor` says what is wrong"
+        parser.exit(1, f"{parser.prog} {command}: error: {error}; {advice}\n")
+    return status

@@ -12,9 +12,11 @@ __all__ = [
     "_SimulatedPipeline",
     "_forget_kernels",
     "_kernel_text",
+    "_machine",
     "_panic",
     "_plan_elsewhere",
     "_pretend_mps",
+    "_settings",
     "execute_operator",
     "fma_peak",
     "forward",
@@ -146,6 +148,12 @@ def _plan_elsewhere(question: dict[str, Any]) -> dict[str, Any]:
 
 def _kernel_text(question: dict[str, Any]) -> dict[str, Any]:
     """The text of a kernel and its launch, for an Apple GPU that need not be here."""
+
+def _settings() -> list[dict[str, Any]]:
+    """Every setting with the text in the environment; needs no torch and gives no warnings."""
+
+def _machine() -> dict[str, Any]:
+    """What the planner makes of this machine: its devices, and the tiers of typical calls."""
 
 def _panic() -> None:
     """Panics in Rust, so that tests can see what becomes of it."""

@@ -206,8 +206,9 @@ fn chip(name: &str) -> core::Result<Chip> {
     Ok(chip)
 }
 
+/// An Apple GPU, with the versions that decide about kernels.
 #[derive(IntoPyObject)]
-struct GpuAnswer {
+pub struct GpuAnswer {
     name: String,
     cores: usize,
     macos: String,
@@ -215,7 +216,7 @@ struct GpuAnswer {
 }
 
 impl GpuAnswer {
-    fn new(gpu: &Gpu) -> Self {
+    pub fn new(gpu: &Gpu) -> Self {
         let Gpu { chip, cores, macos, torch } = gpu;
         let torch = torch.map(|torch| torch.to_string());
         Self { name: chip.to_string(), cores: *cores, macos: macos.to_string(), torch }

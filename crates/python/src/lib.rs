@@ -5,6 +5,7 @@ mod arguments;
 mod call;
 mod cli;
 mod dlpack;
+mod doctor;
 mod environment;
 mod error;
 mod execute;
@@ -32,6 +33,8 @@ use pyo3::prelude::*;
 mod _native {
     #[pymodule_export]
     use super::cli::{_kernel_text, _plan_elsewhere};
+    #[pymodule_export]
+    use super::doctor::{_machine, _settings};
     #[pymodule_export]
     use super::error::_panic;
     #[pymodule_export]

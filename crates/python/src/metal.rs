@@ -27,6 +27,13 @@ pub enum MetalDevice {
 }
 
 impl MetalDevice {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Mps => "mps",
+            Self::Simulator => "simulator",
+        }
+    }
+
     pub fn gpu(self, py: Python<'_>) -> PyResult<Gpu> {
         match self {
             Self::Mps => gpu::of_torch(py),

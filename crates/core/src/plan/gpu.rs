@@ -168,6 +168,8 @@ pub struct Missing {
     pub needs: &'static str,
     /// What the machine is or has.
     pub found: String,
+    /// What the user can do about it; `None` where only another machine helps.
+    pub remedy: Option<&'static str>,
 }
 
 impl fmt::Display for Missing {
@@ -176,6 +178,10 @@ impl fmt::Display for Missing {
     }
 }
 
+/// What brings a newer macOS.
+const UPDATE_MACOS: &str = "update macOS";
+/// What brings a newer torch.
+const UPGRADE_TORCH: &str = "pip install --upgrade torch";
 /// First torch with a public `torch.mps.compile_shader`.
 const COMPILE_SHADER_TORCH: Version = Version::new(2, 7);
 /// First macOS with Metal 3.1, which has the type `bfloat`.
@@ -199,6 +205,7 @@ impl Gpu {
             (dtype == Dtype::Bf16 && self.macos < BFLOAT_MACOS).then(|| Missing {
                 needs: "macOS >= 14.0 for bfloat16, a type of Metal 3.1",
                 found: format!("macOS {}", self.macos),
+                remedy: Some(UPDATE_MACOS),
             })
         })
     }
@@ -207,17 +214,18 @@ impl Gpu {
     #[must_use]
     pub fn lacks_for_tensorops(&self) -> Option<Missing> {
         if self.chip.generation() < TENSOROPS_GENERATION {
-            return Some(Missing { needs: "an M5 or later", found: self.chip.to_string() });
+            return Some(Missing { needs: "an M5 or later", found: self.chip.to_string(), remedy: None });
         }
         if self.macos < TENSOROPS_MACOS {
-            return Some(Missing { needs: "macOS >= 26.2", found: format!("macOS {}", self.macos) });
+            let found = format!("macOS {}", self.macos);
+            return Some(Missing { needs: "macOS >= 26.2", found, remedy: Some(UPDATE_MACOS) });
         }
         self.lacks_torch(TENSOROPS_TORCH, "torch >= 2.11, the first that compiles Metal 4.0")
     }
 
     fn lacks_torch(&self, least: Version, needs: &'static str) -> Option<Missing> {
         let torch = self.torch.filter(|&torch| torch < least)?;
-        Some(Missing { needs, found: format!("torch {torch}") })
+        Some(Missing { needs, found: format!("torch {torch}"), remedy: Some(UPGRADE_TORCH) })
     }
 
     /// Whether arithmetic in bfloat16 needs no widening: from the M3 on.

@@ -41,6 +41,19 @@ pub enum Reason {
     NotForced(&'static str),
 }
 
+impl Reason {
+    /// What the user can do so that the tier serves; `None` where nothing helps, or nothing is wrong.
+    #[must_use]
+    pub const fn remedy(&self) -> Option<&'static str> {
+        match self {
+            Self::Lacks(missing) => missing.remedy,
+            Self::Simulated => Some("unset MTLFLASHATTN_DEVICE"),
+            Self::NotForced(_) => Some("unset MTLFLASHATTN_KERNEL"),
+            _ => None,
+        }
+    }
+}
+
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
