@@ -2,20 +2,24 @@
 // undefined behaviour checks call __ubsan_*; both land here instead of in clang's libraries, which know nothing of
 // threads made by hand, simdgroups or their barriers.
 
-static Record record(const Lane &lane, unsigned space, bool atomic) {
-  return lane.context->threadgroup_number << 32 | (Record)lane.simdgroup->segment[space] << 11 | (Record)atomic << 10 |
-         lane.thread;
+static Record record(const Context &context, const Simdgroup &simdgroup, unsigned space, Accessor accessor, unsigned thread) {
+  return context.threadgroup_number << 32 | (Record)simdgroup.segment[space] << 12 | (Record)accessor << 10 | thread;
 }
 static unsigned thread_of(Record r) { return r & 0x3ff; }
-static bool is_atomic(Record r) { return r >> 10 & 1; }
-static unsigned segment_of(Record r) { return r >> 11 & 0x1fffff; }
+static Accessor accessor_of(Record r) { return (Accessor)(r >> 10 & 3); }
+static bool is_atomic(Record r) { return accessor_of(r) == BY_ATOMIC; }
+static bool is_collective(Record r) { return accessor_of(r) >= BY_SIMDGROUP; }
+static unsigned segment_of(Record r) { return r >> 12 & 0xfffff; }
 
-// Happens-before: the same thread; a barrier of the simdgroup in between; a barrier of the threadgroup in between.
+// Happens-before: the same thread; a barrier of the simdgroup in between; a barrier of the threadgroup in between. What
+// a simdgroup or a threadgroup does together, any of its threads may have done.
 static bool ordered(const Context &context, unsigned space, Record earlier, Record now) {
   if (earlier == 0) return true;
   if (earlier >> 32 != now >> 32) return false;
   unsigned a = thread_of(earlier), b = thread_of(now);
-  if (a == b) return true;
+  if (accessor_of(earlier) == BY_THREADGROUP || accessor_of(now) == BY_THREADGROUP)
+    return segment_of(earlier) < context.group_segment[space];
+  if (a == b && !is_collective(earlier) && !is_collective(now)) return true;
   if (a / 32 == b / 32) return segment_of(earlier) != segment_of(now);
   return segment_of(earlier) < context.group_segment[space];
 }
@@ -29,11 +33,15 @@ static void describe_place(const Region &region, char *address, char *text, size
   else snprintf(text, size, "threadgroup array %u at byte %lu", region.slot, offset);
 }
 
-[[noreturn]] static void report_race(const Region &region, char *address, const char *what, Record other, uintptr_t pc) {
-  char place[80];
+[[noreturn]] static void report_race(const Region &region, char *address, const char *what, Record other, Site site) {
+  char place[80], who[80];
   describe_place(region, address, place, sizeof place);
-  fail(0, pc, "data race in %s: %s thread %u (simdgroup %u lane %u) of threadgroup %lu without a barrier between", place,
-       what, thread_of(other), thread_of(other) / 32, thread_of(other) % 32, (unsigned long)(other >> 32) - 1);
+  unsigned thread = thread_of(other);
+  if (accessor_of(other) == BY_THREADGROUP) snprintf(who, sizeof who, "an operation of all simdgroups");
+  else if (accessor_of(other) == BY_SIMDGROUP) snprintf(who, sizeof who, "an operation of simdgroup %u", thread / 32);
+  else snprintf(who, sizeof who, "thread %u (simdgroup %u lane %u)", thread, thread / 32, thread % 32);
+  fail(site.line, site.pc, "data race in %s: %s %s of threadgroup %lu without a barrier between", place, what, who,
+       (unsigned long)(other >> 32) - 1);
 }
 
 // Several lanes may store the same value to one place: formally a race, but harmless, so it is counted. The value
@@ -50,7 +58,7 @@ static void check_pending(Context &context) {
   for (unsigned i = 0; i < context.region_count; ++i) {
     Region &region = context.regions[i];
     if (address >= region.base && address < region.base + region.bytes)
-      report_race(region, address, "another value is written after a write by", pending.other, pending.pc);
+      report_race(region, address, "another value is written after a write by", pending.other, pending.site);
   }
 }
 
@@ -67,32 +75,38 @@ static void refine(Region &region, unsigned shift) {
 }
 
 static void check_write(Context &context, Region &region, Cell &cell, char *address, unsigned bytes, Record now,
-                        uintptr_t pc) {
+                        Site site) {
   unsigned space = region.buffer ? 1 : 0;
   if (races(context, space, cell.written, now)) {
     bool other_threadgroup = cell.written >> 32 != now >> 32;
-    if (is_atomic(now) || is_atomic(cell.written) || other_threadgroup || bytes > sizeof context.pending.before)
-      report_race(region, address, "write after write by", cell.written, pc);
+    if (accessor_of(now) != BY_THREAD || accessor_of(cell.written) != BY_THREAD || other_threadgroup ||
+        bytes > sizeof context.pending.before)
+      report_race(region, address, "write after write by", cell.written, site);
     if (!context.pending.address) {
-      context.pending = {address, bytes, {}, cell.written, pc};
+      context.pending = {address, bytes, {}, cell.written, site};
       memcpy(context.pending.before, address, bytes);
     }
   }
   const Record readers[] = {cell.read, cell.read_by_other_group, cell.read_by_neighbour};
   for (Record earlier : readers)
-    if (races(context, space, earlier, now)) report_race(region, address, "write after read by", earlier, pc);
+    if (races(context, space, earlier, now)) report_race(region, address, "write after read by", earlier, site);
   cell.written = now;
 }
 
-static void check_read(Context &context, Region &region, Cell &cell, char *address, Record now, uintptr_t pc) {
+static void check_read(Context &context, Region &region, Cell &cell, char *address, Record now, Site site) {
   if (!region.buffer && cell.written == 0) {
     char place[80];
     describe_place(region, address, place, sizeof place);
-    fail(0, pc, "read of memory that this threadgroup has not written: %s", place);
+    fail(site.line, site.pc, "read of memory that this threadgroup has not written: %s", place);
   }
   if (races(context, region.buffer ? 1 : 0, cell.written, now))
-    report_race(region, address, "read after write by", cell.written, pc);
+    report_race(region, address, "read after write by", cell.written, site);
   if (cell.read == now) return;
+  // A thread of the scope reads once more: the scope's read says more.
+  bool of_scope = accessor_of(cell.read) == BY_THREADGROUP || thread_of(cell.read) / 32 == thread_of(now) / 32;
+  if (is_collective(cell.read) && of_scope && !is_collective(now) &&
+      !ordered(context, region.buffer ? 1 : 0, cell.read, now))
+    return;
   if (cell.read && thread_of(cell.read) != thread_of(now)) {
     bool neighbour = cell.read >> 32 == now >> 32 && thread_of(cell.read) / 32 == thread_of(now) / 32;
     (neighbour ? cell.read_by_neighbour : cell.read_by_other_group) = cell.read;
@@ -101,7 +115,7 @@ static void check_read(Context &context, Region &region, Cell &cell, char *addre
 }
 
 [[noreturn]] static void report_out_of_bounds(Context &context, char *address, unsigned long bytes, bool write,
-                                              uintptr_t pc) {
+                                              Site site) {
   const char *verb = write ? "write" : "read";
   Region *nearest = nullptr;
   long distance = 0;
@@ -110,11 +124,11 @@ static void check_read(Context &context, Region &region, Cell &cell, char *addre
     long away = address < region.base ? address - region.base : address - (region.base + region.bytes) + 1;
     if (!nearest || labs(away) < labs(distance)) nearest = &region, distance = away;
   }
-  if (!nearest) fail(0, pc, "out-of-bounds %s of %lu bytes: the kernel has no memory at all", verb, bytes);
+  if (!nearest) fail(site.line, site.pc, "out-of-bounds %s of %lu bytes: the kernel has no memory at all", verb, bytes);
   const char *name = nearest->buffer ? "buffer" : "threadgroup array";
   unsigned index = nearest->buffer ? nearest->buffer->index : nearest->slot;
-  if (distance < 0) fail(0, pc, "out-of-bounds %s of %lu bytes, %ld bytes before %s %u", verb, bytes, -distance, name, index);
-  fail(0, pc, "out-of-bounds %s of %lu bytes, %ld bytes past the end of %s %u", verb, bytes, distance - 1, name, index);
+  if (distance < 0) fail(site.line, site.pc, "out-of-bounds %s of %lu bytes, %ld bytes before %s %u", verb, bytes, -distance, name, index);
+  fail(site.line, site.pc, "out-of-bounds %s of %lu bytes, %ld bytes past the end of %s %u", verb, bytes, distance - 1, name, index);
 }
 
 static bool holds(const Region &region, const char *address) {
@@ -146,6 +160,37 @@ static void count(Context &context, const Region &region, unsigned long bytes, b
   else (write ? counters.device_written_bytes : counters.device_read_bytes) += bytes;
 }
 
+static void touch(Context &context, const Simdgroup &simdgroup, char *address, unsigned long bytes, bool write,
+                  Accessor accessor, unsigned thread, Site site) {
+  Region *region = find_region(context, address, write);
+  if (!region) {
+    if (!write && address >= &__ehdr_start && address < &_end) { // constants of the program
+      context.launch->counters.constant_read_bytes += bytes;
+      return;
+    }
+    report_out_of_bounds(context, address, bytes, write, site);
+  }
+  if (address + bytes > region->base + region->bytes)
+    fail(site.line, site.pc, "out-of-bounds %s of %lu bytes, of which %lu are past the end of %s %u",
+         write ? "write" : "read", bytes, (unsigned long)(address + bytes - (region->base + region->bytes)),
+         region->buffer ? "buffer" : "threadgroup array", region->buffer ? region->buffer->index : region->slot);
+  count(context, *region, bytes, write);
+  if (write && region->buffer && !region->buffer->writable)
+    fail(site.line, site.pc, "write to buffer %u, which the kernel declares const", region->buffer->index);
+  if (!region->cells) return;
+  unsigned long offset = (unsigned long)(address - region->base);
+  unsigned shift = region->shift;
+  while (shift && ((offset | bytes) & ((1ul << shift) - 1))) --shift;
+  if (shift != region->shift) refine(*region, shift);
+  Record now = record(context, simdgroup, region->buffer ? 1 : 0, accessor, thread);
+  unsigned granule = 1u << shift;
+  for (unsigned long at = offset; at < offset + bytes; at += granule) {
+    Cell &cell = region->cells[at >> shift];
+    if (write) check_write(context, *region, cell, region->base + at, granule, now, site);
+    else check_read(context, *region, cell, region->base + at, now, site);
+  }
+}
+
 static void access(char *address, unsigned long bytes, bool write, bool atomic, uintptr_t pc) {
   if (bytes == 0 || !initialised) return;
   Lane &lane = *current_lane();
@@ -153,33 +198,15 @@ static void access(char *address, unsigned long bytes, bool write, bool atomic, 
   check_pending(context);
   char *stacks = context.launch->stacks;
   if (address >= stacks && address < stacks + context.launch->stack_count * MSL_STACK_BYTES) return; // thread space
-  Region *region = find_region(context, address, write);
-  if (!region) {
-    if (!write && address >= &__ehdr_start && address < &_end) { // constants of the program
-      context.launch->counters.constant_read_bytes += bytes;
-      return;
-    }
-    report_out_of_bounds(context, address, bytes, write, pc);
-  }
-  if (address + bytes > region->base + region->bytes)
-    fail(0, pc, "out-of-bounds %s of %lu bytes, of which %lu are past the end of %s %u", write ? "write" : "read", bytes,
-         (unsigned long)(address + bytes - (region->base + region->bytes)),
-         region->buffer ? "buffer" : "threadgroup array", region->buffer ? region->buffer->index : region->slot);
-  count(context, *region, bytes, write);
-  if (write && region->buffer && !region->buffer->writable)
-    fail(0, pc, "write to buffer %u, which the kernel declares const", region->buffer->index);
-  if (!region->cells) return;
-  unsigned long offset = (unsigned long)(address - region->base);
-  unsigned shift = region->shift;
-  while (shift && ((offset | bytes) & ((1ul << shift) - 1))) --shift;
-  if (shift != region->shift) refine(*region, shift);
-  Record now = record(lane, region->buffer ? 1 : 0, atomic);
-  unsigned granule = 1u << shift;
-  for (unsigned long at = offset; at < offset + bytes; at += granule) {
-    Cell &cell = region->cells[at >> shift];
-    if (write) check_write(context, *region, cell, region->base + at, granule, now, pc);
-    else check_read(context, *region, cell, region->base + at, now, pc);
-  }
+  touch(context, *lane.simdgroup, address, bytes, write, atomic ? BY_ATOMIC : BY_THREAD, lane.thread, {0, pc});
+}
+
+// By an operation of a whole scope.
+static void collective_access(const Scope &scope, char *address, unsigned long bytes, bool write) {
+  if (bytes == 0) return;
+  unsigned thread = (unsigned)(scope.first - scope.context.simdgroups) * 32;
+  touch(scope.context, *scope.first, address, bytes, write, scope.simdgroups == 1 ? BY_SIMDGROUP : BY_THREADGROUP, thread,
+        {scope.line, 0});
 }
 
 static void clear_threadgroup_shadow(Context &context) {

@@ -1,6 +1,7 @@
 // The state of one dispatch. Every thread of the running threadgroup is a fiber; the fibers take turns on the
 // operating system's thread that called msl_run, so that several dispatches may run side by side in one process.
 #pragma once
+#include "../include/mpp/cpu/runtime.h"
 #include "../include/msl/runtime.h"
 #include <stdarg.h>
 #include <stdint.h>
@@ -27,6 +28,8 @@ enum OperationKind : unsigned {
   SIMD,
   SIMDGROUP_BARRIER,
   THREADGROUP_BARRIER,
+  TENSOR,        // of one simdgroup
+  TENSOR_OF_ALL, // of all simdgroups of a threadgroup
   MATRIX_IMPORT,
   MATRIX_LOAD,
   MATRIX_LOAD_WHOLE,
@@ -66,6 +69,7 @@ enum { WINDOW = 64, MAX_SIMDGROUPS = MSL_MAX_THREADS / 32 };
 // Counts of live fragments by operation, as differences.
 struct Liveness {
   int *difference_fp32, *difference_16bit;
+  int *difference_halves; // 16-bit registers of cooperative tensors
   unsigned capacity;
 };
 
@@ -85,8 +89,22 @@ struct Simdgroup {
   Liveness liveness;
 };
 
-// Who touched a place: threadgroup << 32 | segment << 11 | atomic << 10 | thread.
+// The threads of a tensor operation, each with what it brought in its slot.
+struct Scope {
+  Context &context;
+  Simdgroup *first;
+  unsigned simdgroups;
+  int line;
+
+  const void *slot(unsigned thread) const { return first[thread / 32].slots[thread % 32]; }
+  unsigned threads() const { return simdgroups * 32; }
+};
+typedef void (*ExecuteTensor)(const Scope &);
+
+// Who touched a place: threadgroup << 32 | segment << 12 | accessor << 10 | thread. Of an operation that a whole scope
+// executes nobody knows which lane touches what; its thread is the scope's first.
 typedef uint64_t Record;
+enum Accessor : unsigned { BY_THREAD, BY_ATOMIC, BY_SIMDGROUP, BY_THREADGROUP };
 struct Cell {
   Record written;
   Record read;                // the last reader,
@@ -107,13 +125,21 @@ struct Region {
 enum { RED_ZONE = 2048, THREADGROUP_MEMORY_LIMIT = 32768 };
 enum { MAX_REGIONS = MSL_MAX_ARRAYS + 64 };
 
+// Where the text made an access: a line, or a place in the code.
+struct Site {
+  int line;
+  uintptr_t pc;
+};
+
 struct PendingWrite {
   char *address;
   unsigned bytes;
   char before[16];
   Record other;
-  uintptr_t pc;
+  Site site;
 };
+
+enum { MAX_LAYOUTS = 64 };
 
 struct Context {
   msl_launch *launch;
@@ -139,6 +165,11 @@ struct Context {
   uint64_t threadgroup_number;
   unsigned next_segment[2], group_segment[2]; // the newest segment, and the first one after the last threadgroup barrier
   PendingWrite pending;
+
+  msl_layout *layouts[MAX_LAYOUTS]; // of the cooperative tensors that were asked for
+  unsigned layout_count;
+  float *scratch; // where a tensor operation puts its operands
+  unsigned long scratch_floats;
 };
 
 static inline Lane *current_lane() { return *(Lane **)(msl_stack_top() - 16); }
@@ -151,7 +182,9 @@ static bool initialised;
 #if MSL_CHECK_LAYER
 static void check_pending(Context &context);
 static void clear_threadgroup_shadow(Context &context);
+static void collective_access(const Scope &scope, char *address, unsigned long bytes, bool write);
 #else
 static inline void check_pending(Context &) {}
 static inline void clear_threadgroup_shadow(Context &) {}
+static inline void collective_access(const Scope &, char *, unsigned long, bool) {}
 #endif

@@ -137,8 +137,8 @@ static void report_deadlock(Context &context, Lane &lane) {
     }
   }
   if (context.arrived_simdgroups)
-    snprintf(text + used, sizeof text - (size_t)used, " %u of %u simdgroups wait in threadgroup_barrier at line %d",
-             context.arrived_simdgroups, context.simdgroup_count, context.barrier.line);
+    snprintf(text + used, sizeof text - (size_t)used, " %u of %u simdgroups wait in %s at line %d",
+             context.arrived_simdgroups, context.simdgroup_count, context.barrier.name, context.barrier.line);
   fail(lane.line, 0, "%s", text);
 }
 

@@ -155,7 +155,7 @@ static void run_fiber() {
   lane.waits_for = "the end of the kernel";
   complete_without(lane);
   if (context.arrived_simdgroups)
-    fail(context.barrier.line, 0, "threadgroup_barrier after %u threads of the threadgroup returned",
+    fail(context.barrier.line, 0, "%s after %u threads of the threadgroup returned", context.barrier.name,
          context.threads - context.alive_threads);
   if (context.alive_threads == 0) to_main(lane);
   yield_from(lane);
@@ -286,8 +286,14 @@ static void delete_context(Context *context) {
     free(group.departures);
     free(group.liveness.difference_fp32);
     free(group.liveness.difference_16bit);
+    free(group.liveness.difference_halves);
   }
   for (unsigned i = 0; i < context->region_count; ++i) free(context->regions[i].cells);
+  for (unsigned i = 0; i < context->layout_count; ++i) {
+    free(context->layouts[i]->coordinates);
+    free(context->layouts[i]);
+  }
+  free(context->scratch);
   free(context->arena);
   free(context);
 }

@@ -31,41 +31,66 @@ static void use(Simdgroup &group, unsigned tile, unsigned ordinal) {
   if (ordinal > t.last_use) t.last_use = ordinal;
 }
 
-static void note_life(Simdgroup &group, const Tile &tile) {
-  Liveness &l = group.liveness;
-  unsigned end = tile.last_use + 1;
+static void note_interval(Liveness &l, int *Liveness::*difference, unsigned born, unsigned last_use, int amount) {
+  unsigned end = last_use + 1;
   if (end >= l.capacity) {
     unsigned larger = end * 2 + 1024;
-    l.difference_fp32 = (int *)realloc(l.difference_fp32, larger * sizeof(int));
-    l.difference_16bit = (int *)realloc(l.difference_16bit, larger * sizeof(int));
-    memset(l.difference_fp32 + l.capacity, 0, (larger - l.capacity) * sizeof(int));
-    memset(l.difference_16bit + l.capacity, 0, (larger - l.capacity) * sizeof(int));
+    int *Liveness::*const all[] = {&Liveness::difference_fp32, &Liveness::difference_16bit, &Liveness::difference_halves};
+    for (int *Liveness::*counts : all) {
+      l.*counts = (int *)realloc(l.*counts, larger * sizeof(int));
+      memset(l.*counts + l.capacity, 0, (larger - l.capacity) * sizeof(int));
+    }
     l.capacity = larger;
   }
-  int *difference = tile.element_kind == MSL_FLOAT ? l.difference_fp32 : l.difference_16bit;
-  difference[tile.born]++;
-  difference[end]--;
+  (l.*difference)[born] += amount;
+  (l.*difference)[end] -= amount;
 }
 
-// The most registers that fragments need at once: 4 halves a lane for an fp32 fragment, 2 for a 16-bit one.
+static void note_life(Simdgroup &group, const Tile &tile) {
+  note_interval(group.liveness,
+                tile.element_kind == MSL_FLOAT ? &Liveness::difference_fp32 : &Liveness::difference_16bit, tile.born,
+                tile.last_use, 1);
+}
+
+// The values of a cooperative tensor, from `from` on if they were dead.
+static void use_life(msl_life &life, unsigned from, unsigned until) {
+  if (!life.live) {
+    life.live = 1;
+    life.born = life.last_use = from;
+  }
+  if (until > life.last_use) life.last_use = until;
+}
+static void end_life(Simdgroup &group, msl_life &life) {
+  if (life.live) note_interval(group.liveness, &Liveness::difference_halves, life.born, life.last_use, (int)life.halves);
+  life.live = 0;
+}
+
+// The most registers that values need at once: 4 halves a lane for an fp32 fragment, 2 for a 16-bit one, and what
+// cooperative tensors hold.
 static void count_live_fragments(Context &context, Simdgroup &group) {
   Liveness &l = group.liveness;
   msl_counters &c = context.launch->counters;
-  long fp32 = 0, narrow = 0;
+  long fp32 = 0, narrow = 0, halves = 0, most = (long)(4 * c.live_fragments_fp32 + 2 * c.live_fragments_16bit + c.live_cooperative_halves);
   for (unsigned i = 0; i < l.capacity; ++i) {
     fp32 += l.difference_fp32[i];
     narrow += l.difference_16bit[i];
-    if (2 * fp32 + narrow > 2 * (long)c.live_fragments_fp32 + (long)c.live_fragments_16bit) {
+    halves += l.difference_halves[i];
+    if (4 * fp32 + 2 * narrow + halves > most) {
+      most = 4 * fp32 + 2 * narrow + halves;
       c.live_fragments_fp32 = (unsigned long)fp32;
       c.live_fragments_16bit = (unsigned long)narrow;
+      c.live_cooperative_halves = (unsigned long)halves;
     }
   }
   memset(l.difference_fp32, 0, l.capacity * sizeof(int));
   memset(l.difference_16bit, 0, l.capacity * sizeof(int));
+  memset(l.difference_halves, 0, l.capacity * sizeof(int));
 }
 #else
 static inline void use(Simdgroup &, unsigned, unsigned) {}
 static inline void note_life(Simdgroup &, const Tile &) {}
+static inline void use_life(msl_life &, unsigned, unsigned) {}
+static inline void end_life(Simdgroup &, msl_life &) {}
 static inline void count_live_fragments(Context &, Simdgroup &) {}
 #endif
 
@@ -142,8 +167,7 @@ static void multiply(Simdgroup &group, const Operation &operation) {
 
 static void execute_matrix(Context &context, Simdgroup &group, Operation &operation) {
   msl_counters &counters = context.launch->counters;
-  if (operation.passed != ~0u)
-    fail(operation.line, 0, "%s needs all 32 lanes of the simdgroup, lanes %08x came", operation.name, operation.passed);
+  require_all_lanes(operation);
   if (operation.kind == MATRIX_MULTIPLY) {
     counters.matrix_multiplies++;
     multiply(group, operation);
@@ -290,4 +314,15 @@ unsigned msl_matrix_now() { return current_lane()->passed; }
 void msl_matrix_touch(unsigned tile) {
   use_before_next(*current_lane(), tile);
 }
+
+void msl_life_touch(msl_life *life) {
+  unsigned passed = current_lane()->passed;
+  use_life(*life, passed, passed ? passed - 1 : 0);
+}
+void msl_life_define(msl_life *life) {
+  Lane &lane = *current_lane();
+  end_life(*lane.simdgroup, *life);
+  use_life(*life, lane.passed, lane.passed);
+}
+void msl_life_end(msl_life *life) { end_life(*current_lane()->simdgroup, *life); }
 }

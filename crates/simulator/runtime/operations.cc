@@ -90,7 +90,7 @@ static void complete_without(Lane &lane) {
 
 static void new_segment(Context &context, Simdgroup &group, unsigned space) {
   group.segment[space] = ++context.next_segment[space];
-  if (context.next_segment[space] >= 1u << 21) fail(0, 0, "too many barriers in one threadgroup for the checker");
+  if (context.next_segment[space] >= 1u << 20) fail(0, 0, "too many barriers in one threadgroup for the checker");
 }
 
 static bool orders_memory(unsigned flags) { return (flags & 3) != 0; }
@@ -102,7 +102,7 @@ static void execute_simdgroup_barrier(Context &context, Simdgroup &group, const 
   if (operation.flags & 1) new_segment(context, group, 1);
 }
 
-static void release_threadgroup_barrier(Context &context) {
+static void order_threadgroup_memory(Context &context) {
   msl_counters &counters = context.launch->counters;
   unsigned flags = context.barrier.flags;
   ++(orders_memory(flags) ? counters.threadgroup_barriers : counters.threadgroup_hints);
@@ -111,6 +111,9 @@ static void release_threadgroup_barrier(Context &context) {
     context.group_segment[space] = context.next_segment[space] + 1;
     for (unsigned i = 0; i < context.simdgroup_count; ++i) new_segment(context, context.simdgroups[i], space);
   }
+}
+
+static void release_threadgroup(Context &context) {
   context.arrived_simdgroups = 0;
   context.barrier_generation++;
   for (unsigned i = 0; i < context.simdgroup_count; ++i) {
@@ -120,17 +123,30 @@ static void release_threadgroup_barrier(Context &context) {
   }
 }
 
-// All lanes of one simdgroup have come to a threadgroup_barrier.
-static void arrive_at_threadgroup_barrier(Context &context, const Operation &operation) {
+static void execute_tensor(Context &context, Simdgroup &first, unsigned simdgroups, const Operation &operation) {
+  ((ExecuteTensor)operation.address)({context, &first, simdgroups, operation.line});
+}
+
+static void require_all_lanes(const Operation &operation) {
+  if (operation.passed != ~0u)
+    fail(operation.line, 0, "%s needs all 32 lanes of the simdgroup, lanes %08x came", operation.name, operation.passed);
+}
+
+// All lanes of one simdgroup have come to what all simdgroups do together.
+static void arrive_with_threadgroup(Context &context, const Operation &operation) {
   if (context.alive_threads != context.threads)
-    fail(operation.line, 0, "threadgroup_barrier after %u threads of the threadgroup returned",
+    fail(operation.line, 0, "%s after %u threads of the threadgroup returned", operation.name,
          context.threads - context.alive_threads);
   if (context.arrived_simdgroups != 0 &&
-      (context.barrier.line != operation.line || context.barrier.flags != operation.flags))
-    fail(operation.line, 0, "divergence: this simdgroup is in another threadgroup_barrier than %u others, at line %d",
-         context.arrived_simdgroups, context.barrier.line);
+      (context.barrier.kind != operation.kind || context.barrier.line != operation.line ||
+       context.barrier.flags != operation.flags || context.barrier.address != operation.address))
+    fail(operation.line, 0, "divergence: this simdgroup is in another %s than %u others, which are in %s at line %d",
+         operation.name, context.arrived_simdgroups, context.barrier.name, context.barrier.line);
   context.barrier = operation;
-  if (++context.arrived_simdgroups == context.simdgroup_count) release_threadgroup_barrier(context);
+  if (++context.arrived_simdgroups != context.simdgroup_count) return;
+  if (operation.kind == TENSOR_OF_ALL) execute_tensor(context, context.simdgroups[0], context.simdgroup_count, operation);
+  else order_threadgroup_memory(context);
+  release_threadgroup(context);
 }
 
 static void execute_matrix(Context &context, Simdgroup &group, Operation &operation);
@@ -142,7 +158,15 @@ static void execute(Context &context, Simdgroup &group, Operation &operation) {
     group.combine(group.slots, operation.passed & group.alive);
     break;
   case SIMDGROUP_BARRIER: execute_simdgroup_barrier(context, group, operation); break;
-  case THREADGROUP_BARRIER: arrive_at_threadgroup_barrier(context, operation); break;
+  case THREADGROUP_BARRIER: arrive_with_threadgroup(context, operation); break;
+  case TENSOR:
+    require_all_lanes(operation);
+    execute_tensor(context, group, 1, operation);
+    break;
+  case TENSOR_OF_ALL:
+    require_all_lanes(operation);
+    arrive_with_threadgroup(context, operation);
+    break;
   default: execute_matrix(context, group, operation);
   }
 }
@@ -153,6 +177,24 @@ static ALWAYS_INLINE Operation plain(OperationKind kind, const char *name, int l
   operation.name = name;
   operation.line = line;
   return operation;
+}
+
+// A tensor operation: every thread of the scope comes with a slot, the last one executes for all.
+static void collective(unsigned simdgroups, const char *name, int line, const void *slot, ExecuteTensor execute) {
+  Lane &lane = *current_lane();
+  Context &context = *lane.context;
+  Operation mine = plain(simdgroups == 1 ? TENSOR : TENSOR_OF_ALL, name, line);
+  mine.address = (const void *)execute;
+  Operation &noted = meet(lane, mine);
+  lane.simdgroup->slots[lane.lane] = (void *)slot;
+  unsigned ordinal = lane.passed, generation = context.barrier_generation;
+  pass(lane, noted);
+  if (simdgroups == 1) {
+    wait_until_complete(lane, ordinal, name, line);
+    return;
+  }
+  while (context.barrier_generation == generation) park(lane, &Simdgroup::at_barrier, name, line);
+  if (context.launch->seed != 0) yield_from(lane);
 }
 
 extern "C" {

@@ -7,5 +7,7 @@
 #if MSL_CHECK_LAYER
 #include "checker.cc"
 #endif
+#include "layout.cc"
+#include "matmul2d.cc"
 #include "launch.cc"
 #include "compiler_rt.cc"

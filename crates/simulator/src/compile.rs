@@ -13,13 +13,28 @@ use mtlflashattn_metal::DeviceError;
 use sha2::{Digest, Sha256};
 
 use crate::clang::{self, Clang};
-use crate::embedded::{FILES, HEADER_NAMES};
+use crate::embedded::{FILES, HEADER_NAMES, TENSOR_OPS_HEADER};
 use crate::options::{Layer, Options};
 use crate::rewrite::{Entries, RewriteError, rewrite};
 
-/// MSL 3.1 on macOS, what the oldest supported torch compiles for.
-pub const DEFINITIONS: [&str; 4] =
-    ["-D__METAL_VERSION__=310", "-D__METAL_MACOS__=1", "-D__METAL__=1", "-D__HAVE_BFLOAT__=1"];
+/// What Metal's compiler defines.
+const DEFINITIONS: [&str; 3] = ["-D__METAL_MACOS__=1", "-D__METAL__=1", "-D__HAVE_BFLOAT__=1"];
+
+/// Whether a text is one for MSL 4.0: it names `matmul2d`'s header.
+pub fn uses_tensor_ops(source: &str) -> bool {
+    source.contains(TENSOR_OPS_HEADER)
+}
+
+/// What is defined for a text. MSL 3.1 is what the oldest supported torch compiles for; a text for tensor operations is
+/// never given to less than 4.0.
+pub fn definitions(source: &str) -> Vec<OsString> {
+    let language: &[&str] = if uses_tensor_ops(source) {
+        &["-D__METAL_VERSION__=400", "-D__HAVE_TENSOR__=1"]
+    } else {
+        &["-D__METAL_VERSION__=310"]
+    };
+    language.iter().chain(&DEFINITIONS).map(OsString::from).collect()
+}
 
 /// The name that messages give to the text.
 pub const SOURCE_NAME: &str = "kernel.metal";
@@ -40,7 +55,7 @@ pub fn compile(source: &str, options: &Options) -> Result<Option<PathBuf>, Devic
         return Err(DeviceError::Compile("the text must be ASCII: torch hands it to an ASCII decoder".to_owned()));
     }
     let cache = cache_folder(options);
-    let flags = Flags::new(options);
+    let flags = Flags::new(source, options);
     let library = cache.join(format!("{}.so", key(&[source, &flags.identity(), toolchain_key(clang)])));
     if options.layer != Layer::Type && library.exists() {
         return Ok(Some(library));
@@ -49,6 +64,7 @@ pub fn compile(source: &str, options: &Options) -> Result<Option<PathBuf>, Devic
     let text = rewritten(clang, &toolchain, source, Entries::Table)?;
     let code = clang.run(&flags.front_end(&toolchain, &["-S", "-emit-llvm", "-o", "-"]), &text)?;
     refuse_casts_between_spaces(&code)?;
+    refuse_cooperative_aggregates(&code)?;
     if options.layer == Layer::Type {
         return Ok(None);
     }
@@ -61,10 +77,12 @@ pub fn compile(source: &str, options: &Options) -> Result<Option<PathBuf>, Devic
 struct Flags {
     layer: Layer,
     arguments: Vec<String>,
+    definitions: Vec<OsString>,
+    includes: &'static [&'static str],
 }
 
 impl Flags {
-    fn new(options: &Options) -> Self {
+    fn new(source: &str, options: &Options) -> Self {
         let mut arguments: Vec<String> = [
             "-fPIC",
             "-fstack-clash-protection",
@@ -88,27 +106,32 @@ impl Flags {
         if options.poison {
             arguments.push("-ftrivial-auto-var-init=pattern".to_owned());
         }
-        Flags { layer: options.layer, arguments }
+        let mut definitions = definitions(source);
+        let mut includes: &[&str] = &["metal_stdlib"];
+        if uses_tensor_ops(source) {
+            definitions.push(format!("-DMSL_MACOS={}", options.tensor_ops.macos.number()).into());
+            includes = &["metal_stdlib", TENSOR_OPS_HEADER];
+        }
+        Flags { layer: options.layer, arguments, definitions, includes }
     }
 
     fn identity(&self) -> String {
-        format!("{:?} {:?}", self.layer, self.arguments)
+        format!("{:?} {:?} {:?}", self.layer, self.arguments, self.definitions)
     }
 
     /// Arguments that read rewritten C++ from standard input.
     fn front_end(&self, toolchain: &Path, action: &[&str]) -> Vec<OsString> {
         let mut all: Vec<OsString> = self.arguments.iter().map(OsString::from).collect();
-        all.extend(DEFINITIONS.map(OsString::from));
+        all.extend(self.definitions.iter().cloned());
         all.push(format!("-DMSL_CHECK_LAYER={}", u8::from(self.layer == Layer::Check)).into());
         all.push("-I".into());
         all.push(toolchain.join("include").into());
+        all.extend(self.includes.iter().flat_map(|header| ["-include", header]).map(OsString::from));
         all.extend(
             [
                 "-std=c++20",
                 "-nostdinc",
                 "-nostdinc++",
-                "-include",
-                "metal_stdlib",
                 "-ferror-limit=5",
                 "-fno-caret-diagnostics",
                 "-Wno-everything",
@@ -166,7 +189,7 @@ fn machine_flags() -> &'static [&'static str] {
 
 /// The text as the front end gets it.
 pub fn rewritten(clang: &Clang, toolchain: &Path, source: &str, entries: Entries) -> Result<String, DeviceError> {
-    let mut arguments: Vec<OsString> = DEFINITIONS.map(OsString::from).to_vec();
+    let mut arguments = definitions(source);
     arguments.extend(["-E", "-std=c++20", "-nostdinc", "-nostdinc++", "-Wno-everything", "-I"].map(OsString::from));
     arguments.push(toolchain.join("preprocess").into());
     arguments.extend(["-x", "c++", "-"].map(OsString::from));
@@ -209,8 +232,8 @@ fn drop_address_spaces(code: &str) -> String {
 }
 
 /// What the mangled names of the headers' own functions begin with.
-const HEADER_FUNCTIONS: [&str; 5] =
-    ["_ZN5metal", "_ZNK5metal", "_ZZN5metal", "_ZZNK5metal", "_ZN23msl_threadgroup_storage"];
+const HEADER_FUNCTIONS: [&str; 7] =
+    ["_ZN5metal", "_ZNK5metal", "_ZZN5metal", "_ZZNK5metal", "_ZN3mpp", "_ZNK3mpp", "_ZN23msl_threadgroup_storage"];
 
 /// Plain C++ lets a C cast turn a pointer of one address space into one of another; MSL does not. Only the headers
 /// do it; anywhere else in the front end's output it is a cast of the text.
@@ -233,6 +256,27 @@ fn refuse_casts_between_spaces(code: &str) -> Result<(), DeviceError> {
             "{SOURCE_NAME}:{}: error: a cast between pointers of different address spaces",
             location.unwrap_or("?")
         )));
+    }
+    Ok(())
+}
+
+/// Metal's compiler keeps cooperative tensors out of structs and arrays.
+fn refuse_cooperative_aggregates(code: &str) -> Result<(), DeviceError> {
+    const TENSOR: &str = "%\"class.metal::cooperative_tensor";
+    let refused = |what: &str| {
+        let rule = "cooperative tensors are variables of their own: no members, no arrays";
+        Err(DeviceError::Compile(format!("{SOURCE_NAME}: error: {what}: {rule}")))
+    };
+    for line in code.lines() {
+        let Some(at) = line.find(TENSOR) else { continue };
+        if let Some((name, _)) = line.split_once(" = type ")
+            && !name.starts_with(TENSOR)
+        {
+            return refused(&format!("{} has a cooperative tensor", name.trim_start_matches('%')));
+        }
+        if line[..at].ends_with(" x ") {
+            return refused("an array of cooperative tensors");
+        }
     }
     Ok(())
 }

@@ -17,6 +17,7 @@ use crate::options::Options;
 use crate::report::{BufferTraffic, Counters, Report};
 use crate::stacks::with_stacks;
 use crate::symbols::line_at;
+use crate::tensor_ops::{MemoryDestination, OutsideExtents};
 
 /// Threadgroup memory of every Apple GPU, in bytes (Metal feature set tables).
 const THREADGROUP_MEMORY_LIMIT: u64 = THREADGROUP_MEMORY as u64;
@@ -164,6 +165,8 @@ impl Simulator {
     ) -> Result<(RawCounters, Vec<BoundBuffer>), Failure> {
         let mut bound = bindings.bound(launch);
         let mut error = [0 as c_char; ERROR_BYTES];
+        let tensor_ops = self.options.tensor_ops;
+        let (tensor_layout, tensor_layout_seed) = tensor_ops.raw_layout();
         let mut raw = RawLaunch {
             entry: entry.as_ptr(),
             buffers: bound.as_mut_ptr(),
@@ -174,6 +177,11 @@ impl Simulator {
             threadgroup_length_count: launch.threadgroup_lengths.len() as c_uint,
             poison: c_uint::from(self.options.poison),
             seed: self.options.seed,
+            tensor_layout,
+            tensor_destination_accumulates: c_uint::from(tensor_ops.destination == MemoryDestination::Accumulated),
+            tensor_zero_outside: c_uint::from(tensor_ops.outside == OutsideExtents::Zero),
+            reserved: 0,
+            tensor_layout_seed,
             stacks: stacks.start().cast(),
             stack_count: stacks.count() as u64,
             counters: RawCounters::default(),

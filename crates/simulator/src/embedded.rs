@@ -11,7 +11,19 @@ macro_rules! files {
 
 /// Everything that a kernel or the runtime includes.
 pub const FILES: &[File] = files![
+    "include/MetalPerformancePrimitives/MetalPerformancePrimitives.h",
+    "include/metal_cooperative_tensor",
     "include/metal_stdlib",
+    "include/metal_tensor",
+    "include/mpp/array.h",
+    "include/mpp/cpu/cooperative_tensor.h",
+    "include/mpp/cpu/matmul2d.h",
+    "include/mpp/cpu/reduction.h",
+    "include/mpp/cpu/runtime.h",
+    "include/mpp/descriptor.h",
+    "include/mpp/extents.h",
+    "include/mpp/rules.h",
+    "include/mpp/tensor.h",
     "include/msl/address_space.h",
     "include/msl/atomic.h",
     "include/msl/barrier.h",
@@ -39,14 +51,22 @@ pub const FILES: &[File] = files![
     "runtime/context.h",
     "runtime/fiber.cc",
     "runtime/launch.cc",
+    "runtime/layout.cc",
+    "runtime/matmul2d.cc",
     "runtime/matrix.cc",
     "runtime/operations.cc",
     "runtime/runtime.cc",
 ];
 
+/// The header of `matmul2d`.
+pub const TENSOR_OPS_HEADER: &str = "MetalPerformancePrimitives/MetalPerformancePrimitives.h";
+
 /// Headers that a text may include. They are empty while it is preprocessed, so that its own tokens alone come out;
-/// `metal_stdlib` as a whole is included afterwards.
+/// `metal_stdlib` as a whole is included afterwards, and `MetalPerformancePrimitives` as a whole if the text names it.
 pub const HEADER_NAMES: &[&str] = &[
+    TENSOR_OPS_HEADER,
+    "metal_tensor",
+    "metal_cooperative_tensor",
     "metal_stdlib",
     "metal_atomic",
     "metal_common",

@@ -50,6 +50,7 @@ mod report;
 mod rewrite;
 mod stacks;
 mod symbols;
+mod tensor_ops;
 mod token;
 
 pub use buffer::{Buffer, Element};
@@ -57,3 +58,4 @@ pub use dispatch::{Launch, Pipeline, Simulator};
 pub use options::{Layer, Options};
 pub use parallel::run_many;
 pub use report::{BufferTraffic, Counters, Registers, Report};
+pub use tensor_ops::{LaneLayout, MacOs, MemoryDestination, OutsideExtents, TensorOps};

@@ -83,6 +83,9 @@ pub struct RawCounters {
     pub threadgroup_memory_bytes: c_ulong,
     pub live_fragments_fp32: c_ulong,
     pub live_fragments_16bit: c_ulong,
+    pub live_cooperative_halves: c_ulong,
+    pub tensor_operations: c_ulong,
+    pub tensor_multiply_adds: c_ulong,
 }
 
 #[repr(C)]
@@ -96,6 +99,11 @@ pub struct Launch {
     pub threadgroup_length_count: c_uint,
     pub poison: c_uint,
     pub seed: c_ulong,
+    pub tensor_layout: c_uint,
+    pub tensor_destination_accumulates: c_uint,
+    pub tensor_zero_outside: c_uint,
+    pub reserved: c_uint,
+    pub tensor_layout_seed: c_ulong,
     pub stacks: *mut c_char,
     pub stack_count: c_ulong,
     pub counters: RawCounters,

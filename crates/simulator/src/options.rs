@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::tensor_ops::TensorOps;
+
 /// How deep a kernel is examined. Every layer has the checks of the one before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Layer {
@@ -27,6 +29,8 @@ pub struct Options {
     pub poison: bool,
     /// Processor time after which a dispatch is given up; `None` waits for ever. Works on Linux.
     pub time_limit: Option<Duration>,
+    /// How `matmul2d` behaves where Apple leaves it open.
+    pub tensor_ops: TensorOps,
     /// Where compiled kernels are kept; `None` is `MTLFLASHATTN_SIMULATOR_CACHE` or the user's cache folder.
     pub cache: Option<PathBuf>,
 }
@@ -35,7 +39,15 @@ impl Options {
     /// Settings of a layer, in lane order, with poisoned memory.
     #[must_use]
     pub fn new(layer: Layer) -> Self {
-        Options { layer, seed: 0, finite_math: false, poison: true, time_limit: None, cache: None }
+        Options {
+            layer,
+            seed: 0,
+            finite_math: false,
+            poison: true,
+            time_limit: None,
+            tensor_ops: TensorOps::default(),
+            cache: None,
+        }
     }
 
     /// The same with another schedule.
@@ -54,6 +66,12 @@ impl Options {
     #[must_use]
     pub fn with_poison(self, poison: bool) -> Self {
         Options { poison, ..self }
+    }
+
+    /// The same with another behaviour of `matmul2d`.
+    #[must_use]
+    pub fn with_tensor_ops(self, tensor_ops: TensorOps) -> Self {
+        Options { tensor_ops, ..self }
     }
 
     /// The same with a limit on the processor time of a dispatch.

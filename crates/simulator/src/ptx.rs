@@ -10,7 +10,7 @@ use std::path::Path;
 use mtlflashattn_metal::DeviceError;
 
 use crate::clang;
-use crate::compile::{DEFINITIONS, cache_folder, rewritten, unpack_toolchain};
+use crate::compile::{cache_folder, definitions, rewritten, unpack_toolchain};
 use crate::options::{Layer, Options};
 use crate::rewrite::Entries;
 
@@ -40,14 +40,14 @@ pub fn translate(source: &str, float_products: FloatProducts) -> Result<String, 
     let clang = clang::find()?;
     let toolchain = unpack_toolchain(&cache_folder(&Options::new(Layer::Type)), clang)?;
     let text = rewritten(clang, &toolchain, source, Entries::Ptx)?;
-    let code = clang.run(&front_end(&toolchain, float_products), &text)?;
+    let code = clang.run(&front_end(&toolchain, source, float_products), &text)?;
     clang.run(&back_end(), &inline_everything(&merge_constant_space(&code)))
 }
 
-fn front_end(toolchain: &Path, float_products: FloatProducts) -> Vec<OsString> {
+fn front_end(toolchain: &Path, source: &str, float_products: FloatProducts) -> Vec<OsString> {
     let mut all: Vec<OsString> = TARGET.map(OsString::from).to_vec();
     all.push(PTX_VERSION.into());
-    all.extend(DEFINITIONS.map(OsString::from));
+    all.extend(definitions(source));
     let instructions = match float_products {
         FloatProducts::Split => 2,
         FloatProducts::Rounded => 1,

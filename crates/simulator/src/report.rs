@@ -61,6 +61,12 @@ pub struct Counters {
     pub live_fragments_fp32: u64,
     /// At the same point: live fragments of 16-bit elements.
     pub live_fragments_16bit: u64,
+    /// At the same point: 16-bit registers of a lane that live cooperative tensors fill.
+    pub live_cooperative_halves: u64,
+    /// `matmul2d`, one per scope.
+    pub tensor_operations: u64,
+    /// Multiply-adds of `matmul2d`: m n k of each. 512 are an 8x8x8 product.
+    pub tensor_multiply_adds: u64,
 }
 
 impl From<&RawCounters> for Counters {
@@ -85,6 +91,9 @@ impl From<&RawCounters> for Counters {
             threadgroup_memory_bytes: raw.threadgroup_memory_bytes,
             live_fragments_fp32: raw.live_fragments_fp32,
             live_fragments_16bit: raw.live_fragments_16bit,
+            live_cooperative_halves: raw.live_cooperative_halves,
+            tensor_operations: raw.tensor_operations,
+            tensor_multiply_adds: raw.tensor_multiply_adds,
         }
     }
 }
@@ -99,6 +108,8 @@ impl Counters {
         self.threadgroup_written_bytes += other.threadgroup_written_bytes;
         self.matrix_multiplies += other.matrix_multiplies;
         self.matrix_loads += other.matrix_loads;
+        self.tensor_operations += other.tensor_operations;
+        self.tensor_multiply_adds += other.tensor_multiply_adds;
         self.matrix_stores += other.matrix_stores;
         self.simd_operations += other.simd_operations;
         self.simdgroup_barriers += other.simdgroup_barriers;
@@ -112,13 +123,21 @@ impl Counters {
         if other.fragment_halves() > self.fragment_halves() {
             self.live_fragments_fp32 = other.live_fragments_fp32;
             self.live_fragments_16bit = other.live_fragments_16bit;
+            self.live_cooperative_halves = other.live_cooperative_halves;
         }
     }
 
-    /// 16-bit registers of a lane that the live fragments fill: 4 for an fp32 fragment, 2 for another.
+    /// 8x8x8 products of `simdgroup_matrix` and of `matmul2d` together: what tiers are compared by.
+    #[must_use]
+    pub fn products(&self) -> u64 {
+        self.matrix_multiplies + self.tensor_multiply_adds / 512
+    }
+
+    /// 16-bit registers of a lane that live values of matrices fill: 4 for an fp32 fragment, 2 for another, and what
+    /// cooperative tensors hold.
     #[must_use]
     pub fn fragment_halves(&self) -> u64 {
-        4 * self.live_fragments_fp32 + 2 * self.live_fragments_16bit
+        4 * self.live_fragments_fp32 + 2 * self.live_fragments_16bit + self.live_cooperative_halves
     }
 }
 

@@ -59,7 +59,8 @@ struct msl_counters {
   unsigned long matrix_multiplies, matrix_loads, matrix_stores, simd_operations;
   unsigned long simdgroup_barriers, simdgroup_hints, threadgroup_barriers, threadgroup_hints;
   unsigned long atomic_operations, same_value_races, threadgroups, threadgroup_memory_bytes;
-  unsigned long live_fragments_fp32, live_fragments_16bit;
+  unsigned long live_fragments_fp32, live_fragments_16bit, live_cooperative_halves;
+  unsigned long tensor_operations, tensor_multiply_adds;
 };
 
 struct msl_launch {
@@ -71,6 +72,11 @@ struct msl_launch {
   unsigned threadgroup_length_count;
   unsigned poison;        // fill threadgroup memory with NaN instead of 0
   unsigned long seed;     // 0: lane order
+  unsigned tensor_layout; // msl_lane_layout of mpp/cpu/runtime.h
+  unsigned tensor_destination_accumulates; // a destination in memory, where the operation only multiplies
+  unsigned tensor_zero_outside;            // of a tensor's extents; otherwise NaN
+  unsigned reserved;
+  unsigned long tensor_layout_seed;
   char *stacks;           // aligned to MSL_STACK_BYTES
   unsigned long stack_count;
   msl_counters counters;  // out
