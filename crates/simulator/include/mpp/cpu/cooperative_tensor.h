@@ -57,8 +57,6 @@ private:
   int m_slot;
 };
 
-struct msl_cooperative_key {}; // operations make cooperative tensors, kernels do not
-
 template <class ElementType, class Extents, class Layout> class cooperative_tensor {
 public:
   using element_type = ElementType;
@@ -69,13 +67,13 @@ public:
   using iterator = msl_cooperative_iterator<cooperative_tensor>;
   using const_iterator = msl_cooperative_iterator<const cooperative_tensor>;
 
-  explicit MSL_OUT_OF_LINE cooperative_tensor(msl_cooperative_key) : m_life{Layout::held * (uint)sizeof(ElementType) / 2} {
+  MSL_OUT_OF_LINE cooperative_tensor() : m_life{Layout::held * (uint)sizeof(ElementType) / 2} {
     m_layout = msl_tensor_layout(&Layout::shape);
     m_capacity = m_layout->capacity;
     msl_tensor_poison(m_elements, sizeof m_elements);
   }
   // The values of another operation's destination.
-  MSL_OUT_OF_LINE cooperative_tensor(msl_cooperative_key key, msl_tensor_operand source, int line) : cooperative_tensor(key) {
+  MSL_OUT_OF_LINE cooperative_tensor(msl_tensor_operand source, int line) : cooperative_tensor() {
     msl_tensor_operand destination = msl_operand();
     msl_tensor_convert(&source, &destination, line);
   }

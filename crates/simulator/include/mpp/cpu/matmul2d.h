@@ -58,14 +58,14 @@ public:
     msl_require_tile<Descriptor, Scope>();
     msl_require_input<Descriptor, Scope>();
     msl_require_types<LeftElement, RightElement, Element, true>();
-    return cooperative_tensor_left_input_t<LeftElement, RightElement, Element, Coordinate>(metal::msl_cooperative_key{});
+    return cooperative_tensor_left_input_t<LeftElement, RightElement, Element, Coordinate>();
   }
   template <class LeftElement, class RightElement, class Element, class Coordinate = int>
   MSL_INLINE auto get_right_input_cooperative_tensor() const {
     msl_require_tile<Descriptor, Scope>();
     msl_require_input<Descriptor, Scope>();
     msl_require_types<LeftElement, RightElement, Element, true>();
-    return cooperative_tensor_right_input_t<LeftElement, RightElement, Element, Coordinate>(metal::msl_cooperative_key{});
+    return cooperative_tensor_right_input_t<LeftElement, RightElement, Element, Coordinate>();
   }
   // A destination of another operation as the left input of this one.
   template <class LeftElement, class RightElement, class Element, class Coordinate = int, class SourceElement,
@@ -86,7 +86,7 @@ public:
     static_assert(SourceLayout::shape.outer == m && SourceLayout::shape.inner == k,
                   "get_left_input_cooperative_tensor: the source's m and n must be m and k of this operation");
     using Input = cooperative_tensor_left_input_t<LeftElement, RightElement, Element, Coordinate>;
-    return Input(metal::msl_cooperative_key{}, source.msl_operand(), msl_line);
+    return Input(source.msl_operand(), msl_line);
   }
   template <class LeftElement, class RightElement, class Element, class Coordinate = int, class SourceElement,
             class SourceExtents, class SourceLayout>
@@ -100,19 +100,19 @@ public:
   template <class Left, class Right, class Element, class Coordinate = int>
   MSL_INLINE auto get_destination_cooperative_tensor() const {
     msl_require_destination<Left, Right, Element>();
-    return cooperative_tensor_destination_t<Left, Right, Element, Coordinate>(metal::msl_cooperative_key{});
+    return cooperative_tensor_destination_t<Left, Right, Element, Coordinate>();
   }
   template <class Left, class Right, class Element, class Coordinate = int>
   MSL_INLINE auto get_row_reduction_destination_cooperative_tensor() const {
     msl_require_destination<Left, Right, Element>();
     static_assert(simdgroups == 1, "matmul2d: a reduction needs a single simdgroup");
-    return cooperative_tensor_row_reduction_destination_t<Left, Right, Element, Coordinate>(metal::msl_cooperative_key{});
+    return cooperative_tensor_row_reduction_destination_t<Left, Right, Element, Coordinate>();
   }
   template <class Left, class Right, class Element, class Coordinate = int>
   MSL_INLINE auto get_column_reduction_destination_cooperative_tensor() const {
     msl_require_destination<Left, Right, Element>();
     static_assert(simdgroups == 1, "matmul2d: a reduction needs a single simdgroup");
-    return cooperative_tensor_column_reduction_destination_t<Left, Right, Element, Coordinate>(metal::msl_cooperative_key{});
+    return cooperative_tensor_column_reduction_destination_t<Left, Right, Element, Coordinate>();
   }
 
   // Operands are variables: what is passed lives at least as long as the operation.
