@@ -80,6 +80,10 @@ def _launch_lines(answer: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "tier", answer["tier"]
     if tile := answer["tile"]:
         yield "tile", tile["text"]
+        sources = {"default": "the planner's choice", "tuned": "measured on this machine"}
+        yield "source", sources.get(tile["source"], "MTLFLASHATTN_TILE")
+        if tile["ignored"]:
+            yield "", tile["ignored"]
         if tile["passes"] > 1:
             yield "passes", f"{tile['passes']}, each over {tile['value_chunk']} columns of v"
     if launch := answer["launch"]:

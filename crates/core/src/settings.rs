@@ -6,6 +6,7 @@
 use std::fmt;
 
 use crate::Tier;
+use crate::plan::TilePattern;
 
 /// An environment variable: what help and documentation say about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,6 +106,13 @@ const CPU_ISA: Variable = Variable {
     allowed: "auto, portable, avx2, avx512, neon",
     description: "Instruction set of the cpu tier; one that this machine lacks is an error.",
 };
+const TILE: Variable = Variable {
+    name: "MTLFLASHATTN_TILE",
+    default: "",
+    allowed: "fields of a tile separated by commas: simdgroups, row_fragments, keys, value_chunk = a number; \
+              staged = on, off; query = registers, threadgroup, device",
+    description: "Takes the best tile that has these fields; a call that has no such tile is an error.",
+};
 
 /// Every variable, in the order in which help lists them.
 pub const VARIABLES: &[Variable] = &[
@@ -115,6 +123,7 @@ pub const VARIABLES: &[Variable] = &[
     TORCH_CHUNK,
     V2_PREUSE,
     V2_FP32_MIN_SEQ,
+    TILE,
     TRACE,
     SHIM,
     SHIM_DENY,
@@ -288,6 +297,8 @@ pub struct Settings {
     pub v2_preuse: Switch,
     /// Sequence length from which float32 uses the tensorops tiers under auto.
     pub v2_fp32_min_seq: usize,
+    /// Fields that the tile of a Metal kernel must have.
+    pub tile: Option<TilePattern>,
     /// Whether calls are counted and reported at exit.
     pub trace: bool,
     /// Whether `import flash_attn` finds this package.
@@ -314,6 +325,7 @@ impl Settings {
         torch_chunk: 2048,
         v2_preuse: Switch::Auto,
         v2_fp32_min_seq: 2048,
+        tile: None,
         trace: false,
         shim: Switch::Auto,
         shim_deny: Vec::new(),
@@ -339,6 +351,7 @@ impl Settings {
             torch_chunk: reader.read(TORCH_CHUNK, at_least(1)).unwrap_or(default.torch_chunk),
             v2_preuse,
             v2_fp32_min_seq: reader.read(V2_FP32_MIN_SEQ, at_least(0)).unwrap_or(default.v2_fp32_min_seq),
+            tile: reader.read(TILE, TilePattern::parse),
             trace: reader.read(TRACE, parse_bool).unwrap_or(default.trace),
             shim: reader.read(SHIM, Switch::parse).unwrap_or(default.shim),
             shim_deny: reader.read_as_written(SHIM_DENY, parse_packages).unwrap_or(default.shim_deny),
@@ -381,7 +394,7 @@ impl<L: Fn(&str) -> Option<String>> Reader<L> {
     }
 }
 
-fn parse_bool(text: &str) -> Option<bool> {
+pub(crate) fn parse_bool(text: &str) -> Option<bool> {
     match text {
         "1" | "on" | "true" | "yes" => Some(true),
         "0" | "off" | "false" | "no" => Some(false),
@@ -512,6 +525,7 @@ mod tests {
             (TORCH_CHUNK.name, "1"),
             (V2_PREUSE.name, "True"),
             (V2_FP32_MIN_SEQ.name, "0"),
+            (TILE.name, "Keys=032, staged = yes,query=Device"),
             (TRACE.name, "Yes"),
             (SHIM.name, "ON"),
             (SHIM_DENY.name, " xformers, Diffusers.models ,,"),
@@ -528,6 +542,7 @@ mod tests {
             torch_chunk: 1,
             v2_preuse: Switch::On,
             v2_fp32_min_seq: 0,
+            tile: TilePattern::parse("keys=32,staged=on,query=device"),
             trace: true,
             shim: Switch::On,
             shim_deny: vec!["xformers".into(), "Diffusers.models".into()],
@@ -557,6 +572,7 @@ mod tests {
             (TORCH_CHUNK, &["0", "-1", "2.5", "1e3", "99999999999999999999"]),
             (V2_PREUSE, &["2", "maybe"]),
             (V2_FP32_MIN_SEQ, &["-1", "long"]),
+            (TILE, &["32", "keys", "keys=", "keys=0", "keys=8,keys=8", "staged=3", "query=l2", "cores=1", "keys=8,"]),
             (TRACE, &["auto", "verbose"]),
             (SHIM, &["force"]),
             (SHIM_DENY, &["1st", "a..b", "a-b", "a,b;c"]),

@@ -10,7 +10,7 @@ fn main() {
 
 #[cfg(target_vendor = "apple")]
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    use mtlflashattn_core::plan::{Demotions, Device, Planner};
+    use mtlflashattn_core::plan::{Device, Planner};
     use mtlflashattn_core::{Settings, Tier};
     use mtlflashattn_metal::Kernel;
     use mtlflashattn_metal::native::NativeDevice;
@@ -19,8 +19,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         return Err("Metal offers no GPU to this process".into());
     };
     let gpu = device.gpu();
-    let (settings, demotions) = (Settings::default(), Demotions::default());
-    let planner = Planner { device: Device::Metal(gpu), settings: &settings, demotions: &demotions };
+    let settings = Settings::DEFAULT;
+    let planner = Planner::new(Device::Metal(gpu), &settings);
     println!("{}, macOS {}: {}", device.name(), gpu.macos, attention::DESCRIPTION);
     println!("errors are in units of their bounds, which are derived from float32 and these inputs: 1 is allowed");
     let mut failed = 0;

@@ -2,7 +2,7 @@
 
 use mtlflashattn_core::plan::occupancy::{KernelShape, Occupancy};
 use mtlflashattn_core::plan::{Chip, Gpu, Plan, Planner};
-use mtlflashattn_core::{Demotions, Device, Dtype, Options, Problem, Settings, TensorMeta, Tier};
+use mtlflashattn_core::{Device, Dtype, Options, Problem, Settings, TensorMeta, Tier};
 use mtlflashattn_metal::{Kernel, Launch, LseStrides, Outputs};
 
 fn problem(dtype: Dtype, query_len: i64, [head_dim, value_dim]: [i64; 2]) -> Problem {
@@ -13,7 +13,8 @@ fn problem(dtype: Dtype, query_len: i64, [head_dim, value_dim]: [i64; 2]) -> Pro
 }
 
 fn plan(problem: &Problem, gpu: Gpu) -> Plan {
-    let planner = Planner { device: Device::Metal(gpu), settings: &Settings::DEFAULT, demotions: Demotions::NONE };
+    let settings = Settings::DEFAULT;
+    let planner = Planner::new(Device::Metal(gpu), &settings);
     planner.plan(problem).unwrap()
 }
 

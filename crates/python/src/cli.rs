@@ -1,9 +1,9 @@
 //! What `python -m metal_flash_attn` shows: plans and kernel texts for machines that need not be this one.
 
 use mtlflashattn_core::plan::occupancy::{CLASSES, MOST_HALVES, THREADGROUP_MEMORY};
-use mtlflashattn_core::plan::{Chip, Explanation, Gpu, Traffic, Version, explain};
+use mtlflashattn_core::plan::{Chip, Explanation, Gpu, TileChoice, Traffic, Version, explain};
 use mtlflashattn_core::{
-    self as core, BiasKind, Demotions, Device, Dtype, Lengths, MetalTile, Options, Planner, Problem, Settings, Strides,
+    self as core, BiasKind, Device, Dtype, Lengths, MetalTile, Options, Planner, Problem, Settings, Strides,
     TensorMeta, Tier, settings,
 };
 use mtlflashattn_metal::{Kernel, Launch, LseStrides, Outputs};
@@ -233,14 +233,20 @@ struct TileAnswer {
     value_chunk: usize,
     passes: usize,
     query: &'static str,
+    /// "default", "tuned" or "forced".
+    source: &'static str,
+    /// Why a tuned tile was ignored.
+    ignored: Option<String>,
 }
 
 impl TileAnswer {
-    fn new(tile: &MetalTile, problem: &Problem) -> Self {
-        let MetalTile { simdgroups, row_fragments, keys, staged, value_chunk, query } = *tile;
+    fn new(choice: TileChoice, problem: &Problem) -> Self {
+        let TileChoice { tile, source, ignored } = choice;
+        let MetalTile { simdgroups, row_fragments, keys, staged, value_chunk, query } = tile;
         let passes = tile.passes(problem.value_dim);
         let text = tile.to_string();
-        Self { text, simdgroups, row_fragments, keys, staged, value_chunk, passes, query: query.name() }
+        let (query, source) = (query.name(), source.name());
+        Self { text, simdgroups, row_fragments, keys, staged, value_chunk, passes, query, source, ignored }
     }
 }
 
@@ -347,15 +353,17 @@ pub struct PlanAnswer {
     passed_over: Vec<PassedOver>,
 }
 
-/// Plans a call on a GPU that need not be here. `MTLFLASHATTN_KERNEL` counts, no other setting does.
+/// Plans a call on a GPU that need not be here. Of the settings only `MTLFLASHATTN_KERNEL` and
+/// `MTLFLASHATTN_TILE` count.
 #[pyfunction]
 #[allow(clippy::needless_pass_by_value, reason = "arguments of Python functions are owned")]
 pub fn _plan_elsewhere(py: Python<'_>, question: Question) -> PyResult<PlanAnswer> {
     guard(|| {
         let problem = question.problem()?;
         let gpu = question.gpu(py)?;
-        let settings = Settings { kernel: process::current(py)?.values.kernel, ..Settings::DEFAULT };
-        let planner = Planner { device: Device::Metal(gpu), settings: &settings, demotions: Demotions::NONE };
+        let asked = &process::current(py)?.values;
+        let settings = Settings { kernel: asked.kernel, tile: asked.tile.clone(), ..Settings::DEFAULT };
+        let planner = Planner::new(Device::Metal(gpu), &settings);
         let plan = planner.plan(&problem)?;
         let kernel = kernel_of(&plan, &problem, question.lse);
         let passed_over = planner.passed_over(&problem, &plan);
@@ -363,7 +371,7 @@ pub fn _plan_elsewhere(py: Python<'_>, question: Question) -> PyResult<PlanAnswe
         Ok(PlanAnswer {
             gpu: GpuAnswer::new(&gpu),
             tier: plan.tier.name(),
-            tile: plan.metal.map(|tile| TileAnswer::new(&tile, &problem)),
+            tile: planner.tile_choice(&problem, plan.tier).map(|choice| TileAnswer::new(choice, &problem)),
             launch: kernel.map(|kernel| LaunchAnswer::new(&kernel, &problem)).transpose()?,
             predicted: why.map(|why| Prediction::new(&why, &gpu)),
             passed_over: passed_over
@@ -401,7 +409,8 @@ pub fn _kernel_text(py: Python<'_>, question: Question) -> PyResult<MslAnswer> {
         let tier = tier_named(question.tier.as_deref().unwrap_or("simdgroup"))?;
         let problem = question.problem()?;
         let gpu = question.gpu(py)?;
-        let planner = Planner { device: Device::Metal(gpu), settings: &Settings::DEFAULT, demotions: Demotions::NONE };
+        let settings = Settings::DEFAULT;
+        let planner = Planner::new(Device::Metal(gpu), &settings);
         let refused = |reason: String| core::Error::Unsupported {
             argument: "--tier",
             got: format!("{tier} for this call"),
@@ -413,7 +422,7 @@ pub fn _kernel_text(py: Python<'_>, question: Question) -> PyResult<MslAnswer> {
         Ok(MslAnswer {
             gpu: GpuAnswer::new(&gpu),
             tier: tier.name(),
-            tile: plan.metal.map(|tile| TileAnswer::new(&tile, &problem)),
+            tile: planner.tile_choice(&problem, tier).map(|choice| TileAnswer::new(choice, &problem)),
             launch: LaunchAnswer::new(&kernel, &problem)?,
             source: kernel.source(),
         })

@@ -1,7 +1,7 @@
 //! What `python -m metal_flash_attn doctor` asks about this machine; `_doctor.py` puts it into words.
 
 use mtlflashattn_core::settings::{VARIABLES, Variable};
-use mtlflashattn_core::{Demotions, Device, Dtype, Options, Planner, Problem, Settings, TensorMeta, Tier};
+use mtlflashattn_core::{Device, Dtype, Options, Planner, Problem, Settings, TensorMeta, Tier};
 use mtlflashattn_cpu::Isa;
 use pyo3::prelude::*;
 
@@ -103,7 +103,7 @@ pub fn _machine(py: Python<'_>) -> PyResult<MachineAnswer> {
             for dtype in [Dtype::F16, Dtype::Bf16, Dtype::F32] {
                 let problem = problem(dtype, head_dim)?;
                 let mut ask = |name, device| {
-                    let planner = Planner { device, settings: &resolved.values, demotions: Demotions::NONE };
+                    let planner = Planner::new(device, &resolved.values);
                     calls.push(call(name, &planner, &problem, head_dim));
                 };
                 if let (Some(metal), Some(gpu)) = (metal, gpu) {

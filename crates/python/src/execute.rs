@@ -108,7 +108,7 @@ pub fn execute<'py>(
     let small = problem.flops() < SMALL_FLOPS;
     let threads = if small || !on_cpu { 1 } else { torch.num_threads(py)? };
     let device = if on_cpu { cpu_device(isa, threads) } else { Device::Torch };
-    let planner = Planner { device, settings: &settings.values, demotions: Demotions::NONE };
+    let planner = Planner::new(device, &settings.values);
     let plan = planner.plan(problem)?;
     let results = allocate(torch, form, &objects, &described, want_lse)?;
     match (plan.tier, &plan.cpu) {
@@ -167,14 +167,14 @@ fn execute_on_metal<'py>(
             Err(Fault::Raised(error)) => return Err(error),
             Err(fault) => {
                 demotions.demote(plan.tier, fault.reason());
-                let planner = Planner { device: Device::Metal(gpu), settings, demotions: &demotions };
+                let planner = Planner { demotions: &demotions, ..Planner::new(Device::Metal(gpu), settings) };
                 let next = planner.plan(problem)?;
                 metal::warn(py, problem, plan.tier, fault.reason(), next.tier)?;
                 plan = next;
             }
         }
     }
-    let planner = Planner { device: Device::Metal(gpu), settings, demotions: &demotions };
+    let planner = Planner { demotions: &demotions, ..Planner::new(Device::Metal(gpu), settings) };
     trace::record(py, &planner, problem, &plan)?;
     Ok(results.into_python(py)?)
 }

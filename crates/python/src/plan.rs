@@ -83,7 +83,7 @@ pub fn plan<'py>(
         };
         let mut demotions = Demotions::default();
         let (plan, passed_over) = loop {
-            let planner = Planner { device, settings: &settings.values, demotions: &demotions };
+            let planner = Planner { demotions: &demotions, ..Planner::new(device, &settings.values) };
             let plan = planner.plan(&problem)?;
             let Some(reason) = metal.and_then(|metal| metal::refusal(metal, &plan, &problem)) else {
                 let passed_over = planner.passed_over(&problem, &plan);

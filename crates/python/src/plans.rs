@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
 use mtlflashattn_core::plan::Gpu;
-use mtlflashattn_core::{BiasKind, Demotions, Device, Dtype, Lengths, Mask, Plan, Planner, Problem, Result, Settings};
+use mtlflashattn_core::{BiasKind, Device, Dtype, Lengths, Mask, Plan, Planner, Problem, Result, Settings};
 
 /// Most plans that are kept; lengths that never come again must not fill the memory.
 const CAPACITY: usize = 1024;
@@ -54,7 +54,7 @@ impl Plans {
         if let Some(plan) = plans.get(&key) {
             return Ok(plan.clone());
         }
-        let plan = Planner { device: Device::Metal(gpu), settings, demotions: Demotions::NONE }.plan(problem)?;
+        let plan = Planner::new(Device::Metal(gpu), settings).plan(problem)?;
         if plans.len() == CAPACITY {
             plans.clear();
         }

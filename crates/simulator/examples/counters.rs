@@ -11,7 +11,7 @@ use common::bench::Bench;
 use common::{Case, Run};
 use mtlflashattn_core::plan::occupancy::{KernelShape, Occupancy};
 use mtlflashattn_core::plan::{Chip, Gpu, QueryHome};
-use mtlflashattn_core::{Demotions, Device, Dtype, MetalTile, Planner, Settings, Tier};
+use mtlflashattn_core::{Device, Dtype, MetalTile, Planner, Settings, Tier};
 use mtlflashattn_metal::Kernel;
 use mtlflashattn_simulator::{Counters, Layer, Options};
 
@@ -108,8 +108,8 @@ fn kernels(run: &Run) -> Vec<Kernel> {
     let planned = ["m1", "m4-max"].into_iter().filter_map(|chip| {
         let chip = Chip::from_name(chip);
         let gpu = Gpu { chip, cores: chip.most_cores(), ..Gpu::SIMULATED };
-        let (settings, demotions) = (Settings::default(), Demotions::default());
-        let planner = Planner { device: Device::Metal(gpu), settings: &settings, demotions: &demotions };
+        let settings = Settings::DEFAULT;
+        let planner = Planner::new(Device::Metal(gpu), &settings);
         planner.serve(problem, Tier::Simdgroup).ok()?.metal
     });
     let mut tiles: Vec<MetalTile> = Vec::new();

@@ -8,7 +8,7 @@ use common::bench::Bench;
 use common::{Case, Run};
 use mtlflashattn_core::plan::occupancy::KernelShape;
 use mtlflashattn_core::plan::{Chip, FRAGMENT, Gpu, Planner, QueryHome};
-use mtlflashattn_core::{Demotions, Device, Dtype, Lengths, MetalTile, Problem, Settings};
+use mtlflashattn_core::{Device, Dtype, Lengths, MetalTile, Problem, Settings};
 use mtlflashattn_metal::{Device as _, Kernel};
 use mtlflashattn_simulator::{Layer, Options, Report, Simulator};
 
@@ -18,7 +18,8 @@ fn planned(problem: &Problem, chip: &str) -> MetalTile {
     let gpu = Gpu { chip, cores: chip.most_cores(), ..Gpu::SIMULATED };
     let mut long = *problem;
     long.lengths = Lengths::Dense { batch: 4, query_len: 8192, key_len: 8192 };
-    let planner = Planner { device: Device::Metal(gpu), settings: &Settings::DEFAULT, demotions: Demotions::NONE };
+    let settings = Settings::DEFAULT;
+    let planner = Planner::new(Device::Metal(gpu), &settings);
     planner.plan(&long).unwrap().metal.unwrap()
 }
 

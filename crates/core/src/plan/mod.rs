@@ -8,14 +8,18 @@ mod reason;
 #[cfg(test)]
 mod tests;
 mod tile;
+mod tuned;
+
+use metal::NoTile;
 
 use crate::{Error, Problem, Result, Settings, Tier, settings};
 
 pub use cpu::{CpuPath, CpuTile};
 pub use gpu::{Chip, Gpu, Missing, Size, Version};
-pub use metal::{Explanation, MAX_LEN, explain};
+pub use metal::{Explanation, MAX_LEN, candidates, explain};
 pub use reason::{Demotions, Reason};
 pub use tile::{FRAGMENT, MetalTile, QueryHome, Refusal, Traffic};
+pub use tuned::{TileChoice, TilePattern, TileSource, TunedTiles, TuningKey};
 
 /// Where the tensors live, with what the planner needs to know about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,24 +59,54 @@ pub struct Planner<'a> {
     pub settings: &'a Settings,
     /// The tiers that have failed on this machine.
     pub demotions: &'a Demotions,
+    /// The tiles that were measured on this machine.
+    pub tuned: &'a TunedTiles,
 }
 
-impl Planner<'_> {
+impl<'a> Planner<'a> {
+    /// A planner for a machine on which nothing failed and nothing was measured.
+    #[must_use]
+    pub const fn new(device: Device, settings: &'a Settings) -> Self {
+        Self { device, settings, demotions: Demotions::NONE, tuned: TunedTiles::NONE }
+    }
+
     /// Chooses the tier for `problem`: the forced one, or the first in the order of [`Tier::ALL`] that can serve.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] when `MTLFLASHATTN_KERNEL` forces a tier that cannot serve.
+    /// [`Error::Unsupported`] when `MTLFLASHATTN_KERNEL` forces a tier that cannot serve, and when no tile is what
+    /// `MTLFLASHATTN_TILE` asks for.
     pub fn plan(&self, problem: &Problem) -> Result<Plan> {
         let kernel = self.settings.kernel;
         let Some(forced) = kernel.tier() else {
-            let served = Tier::ALL.into_iter().find_map(|tier| self.serve(problem, tier).ok());
-            return Ok(served.unwrap_or(Plan { tier: Tier::Torch, cpu: None, metal: None }));
+            return self.first_of_all(problem);
         };
         self.serve(problem, forced).map_err(|reason| Error::Unsupported {
             argument: "MTLFLASHATTN_KERNEL",
             got: format!("{} for this call ({forced}: {reason})", kernel.name()),
             instead: "unset the variable, or set it to auto".into(),
         })
+    }
+
+    fn first_of_all(&self, problem: &Problem) -> Result<Plan> {
+        let mut no_such_tile = None;
+        for tier in Tier::ALL {
+            match self.serve(problem, tier) {
+                // What is asked for is not given up silently: a tier without tiles would serve otherwise.
+                Ok(plan) if plan.metal.is_some() || no_such_tile.is_none() => return Ok(plan),
+                Err(Reason::NoSuchTile { wanted, offered }) => {
+                    no_such_tile = no_such_tile.or(Some((wanted, offered)));
+                }
+                Ok(_) | Err(_) => {}
+            }
+        }
+        match no_such_tile {
+            None => Ok(Plan { tier: Tier::Torch, cpu: None, metal: None }),
+            Some((wanted, offered)) => Err(Error::Unsupported {
+                argument: "MTLFLASHATTN_TILE",
+                got: format!("{wanted} for this call"),
+                instead: format!("unset the variable, or ask for what tiles for this call have: {offered}"),
+            }),
+        }
     }
 
     /// Every tier but that of `plan`, with the reason why it does not serve `problem`.
@@ -123,14 +157,32 @@ impl Planner<'_> {
             Tier::Tensorops | Tier::TensoropsStaged => {
                 Err(gpu.lacks_for_tensorops().map_or(Reason::NotBuilt(gpu), Reason::Lacks))
             }
-            Tier::Simdgroup => match metal::choose(problem, &gpu) {
-                Ok(tile) => Ok(Plan { metal: Some(tile), ..plan }),
-                Err(refusal) => {
-                    let Problem { head_dim, value_dim, dtype, .. } = *problem;
-                    Err(Reason::NoTile { head_dim, value_dim, dtype, refusal })
-                }
-            },
+            Tier::Simdgroup => {
+                let tile = self.choose_tile(problem, plan.tier, &gpu)?.tile;
+                Ok(Plan { metal: Some(tile), ..plan })
+            }
             Tier::Scalar | Tier::Torch | Tier::Cpu => Ok(plan),
         }
+    }
+    /// The tile of `tier` for `problem`, where it is a tier of this device that has tiles and can serve.
+    #[must_use]
+    pub fn tile_choice(&self, problem: &Problem, tier: Tier) -> Option<TileChoice> {
+        let Device::Metal(gpu) = self.device else { return None };
+        self.serve(problem, tier).ok()?.metal?;
+        self.choose_tile(problem, tier, &gpu).ok()
+    }
+
+    fn choose_tile(&self, problem: &Problem, tier: Tier, gpu: &Gpu) -> std::result::Result<TileChoice, Reason> {
+        let wanted = self.settings.tile.as_ref();
+        let tuned = self.tuned.get(&TuningKey::of(tier, problem));
+        metal::choose(problem, gpu, wanted, tuned).map_err(|error| match error {
+            NoTile::Refused(refusal) => {
+                let Problem { head_dim, value_dim, dtype, .. } = *problem;
+                Reason::NoTile { head_dim, value_dim, dtype, refusal }
+            }
+            NoTile::NoMatch { offered } => {
+                Reason::NoSuchTile { wanted: wanted.map(ToString::to_string).unwrap_or_default(), offered }
+            }
+        })
     }
 }

@@ -31,6 +31,13 @@ pub enum Reason {
         /// What the leanest tile needs.
         refusal: Refusal,
     },
+    /// No tile is what `MTLFLASHATTN_TILE` asks for.
+    NoSuchTile {
+        /// What it asks for.
+        wanted: String,
+        /// The values that tiles for this call have.
+        offered: String,
+    },
     /// A sequence or a head dimension is longer than kernels can count.
     TooLong(usize),
     /// The tier failed on this machine earlier in this process.
@@ -48,6 +55,7 @@ impl Reason {
         match self {
             Self::Lacks(missing) => missing.remedy,
             Self::Simulated => Some("unset MTLFLASHATTN_DEVICE"),
+            Self::NoSuchTile { .. } => Some("unset MTLFLASHATTN_TILE"),
             Self::NotForced(_) => Some("unset MTLFLASHATTN_KERNEL"),
             _ => None,
         }
@@ -67,6 +75,9 @@ impl fmt::Display for Reason {
             Self::NoTile { head_dim, value_dim, dtype, refusal } => {
                 let dims = if head_dim == value_dim { String::new() } else { format!("/{value_dim}") };
                 write!(f, "the leanest tile for head_dim {head_dim}{dims} in {dtype} needs {refusal}")
+            }
+            Self::NoSuchTile { wanted, offered } => {
+                write!(f, "MTLFLASHATTN_TILE is {wanted}; tiles for this call have {offered}")
             }
             Self::TooLong(len) => {
                 write!(f, "a length or head dimension of {len}, and Metal kernels take at most {MAX_LEN}")

@@ -23,7 +23,7 @@ fn forced(kernel: &str) -> Settings {
 }
 
 fn planner(device: Device, settings: &Settings) -> Planner<'_> {
-    Planner { device, settings, demotions: Demotions::NONE }
+    Planner::new(device, settings)
 }
 
 const M1: Gpu = Gpu {
@@ -133,7 +133,7 @@ fn tile_of(gpu: &str, dtype: Dtype, sizes: [i64; 4], keys: [i64; 2]) -> (MetalTi
     let chip = Chip::from_name(gpu);
     let gpu = Gpu { chip, cores: chip.most_cores(), ..M1 };
     let problem = Problem { dtype, ..problem(sizes, keys, false) };
-    let tile = metal::choose(&problem, &gpu).unwrap();
+    let tile = candidates(&problem, &gpu).unwrap()[0];
     (tile, explain(&problem, &gpu, &tile).unwrap())
 }
 
@@ -243,7 +243,8 @@ fn tiles_are_refused_with_numbers() {
 }
 
 fn auto_on(gpu: Gpu, problem: &Problem, demotions: &Demotions) -> (Plan, Vec<(Tier, String)>) {
-    let planner = Planner { device: Device::Metal(gpu), settings: &Settings::DEFAULT, demotions };
+    let settings = Settings::DEFAULT;
+    let planner = Planner { demotions, ..planner(Device::Metal(gpu), &settings) };
     let plan = planner.plan(problem).unwrap();
     let reasons = planner.passed_over(problem, &plan);
     (plan, reasons.into_iter().map(|(tier, reason)| (tier, reason.to_string())).collect())
@@ -252,7 +253,7 @@ fn auto_on(gpu: Gpu, problem: &Problem, demotions: &Demotions) -> (Plan, Vec<(Ti
 #[test]
 fn auto_on_metal_is_simdgroup_and_says_why_not_better() {
     let (plan, reasons) = auto_on(M1, &prefill(), Demotions::NONE);
-    assert_eq!((plan.tier, plan.metal), (Tier::Simdgroup, metal::choose(&prefill(), &M1).ok()));
+    assert_eq!((plan.tier, plan.metal), (Tier::Simdgroup, candidates(&prefill(), &M1).ok().map(|tiles| tiles[0])));
     let text = |tier, text: &str| (tier, text.to_owned());
     assert_eq!(
         reasons,
@@ -282,7 +283,7 @@ fn a_demoted_tier_makes_room_for_the_next() {
     assert_eq!(plan, Plan { tier: Tier::Torch, cpu: None, metal: None });
     assert_eq!(reasons[2], (Tier::Simdgroup, "failed earlier in this process: the compiler refused it".to_owned()));
     let settings = forced("v1");
-    let planner = Planner { device: Device::Metal(M1), settings: &settings, demotions: &demotions };
+    let planner = Planner { demotions: &demotions, ..planner(Device::Metal(M1), &settings) };
     let error = planner.plan(&prefill()).unwrap_err().to_string();
     assert!(error.contains("v1 for this call (simdgroup: failed earlier in this process: the compiler"), "{error}");
 }
@@ -344,7 +345,7 @@ proptest! {
         let kind = crate::BiasKind::Additive(dtype);
         let bias = bias.then_some(crate::Bias { kind, batch: 0, head: 0, query: 1, key: 1 });
         let problem = Problem { dtype, head_dim, value_dim, bias, ..problem };
-        let tile = metal::choose(&problem, &gpu).unwrap();
+        let tile = candidates(&problem, &gpu).unwrap()[0];
         let why = explain(&problem, &gpu, &tile).unwrap();
         prop_assert!(why.occupancy.halves <= 256 && why.occupancy.threads >= tile.threads(), "{tile}: {why:?}");
         prop_assert!(why.occupancy.threadgroup_bytes <= 32 * 1024);
@@ -363,5 +364,119 @@ proptest! {
         }
         prop_assert_eq!(plan.metal.is_some(), plan.tier == Tier::Simdgroup);
         prop_assert_eq!(plan.tier == Tier::Torch, gpu.lacks_for_kernels(Dtype::F32).is_some());
+    }
+}
+
+/// A long problem on an M1 whose record of tuned tiles says `text`.
+fn choice_with_record(problem: &Problem, text: &str) -> TileChoice {
+    let settings = Settings::DEFAULT;
+    let name = TuningKey::of(Tier::Simdgroup, problem).to_string();
+    let tuned = TunedTiles::new([(name, text.to_owned()), ("simdgroup float16 8/8".into(), "keys=8".into())]);
+    let planner = Planner { tuned: &tuned, ..Planner::new(Device::Metal(M1), &settings) };
+    let choice = planner.tile_choice(problem, Tier::Simdgroup).unwrap();
+    assert_eq!(planner.plan(problem).unwrap().metal, Some(choice.tile));
+    choice
+}
+
+#[test]
+fn a_tuned_tile_takes_the_place_of_the_default() {
+    let problem = prefill();
+    let tiles = candidates(&problem, &M1).unwrap();
+    for tile in &tiles[1..] {
+        let choice = choice_with_record(&problem, &TilePattern::of(tile).to_string());
+        let expected = TileChoice { tile: *tile, source: TileSource::Tuned, ignored: None };
+        if choice.source == TileSource::Tuned {
+            assert_eq!(choice, expected);
+        } else {
+            assert_eq!(choice.tile, tiles[0]);
+            assert!(choice.ignored.unwrap().contains("at these sizes the default has "));
+        }
+    }
+    let second = choice_with_record(&problem, &TilePattern::of(&tiles[1]).to_string());
+    assert_eq!((second.tile, second.source), (tiles[1], TileSource::Tuned));
+}
+
+#[test]
+fn a_record_that_is_no_tile_of_this_problem_is_ignored_with_a_reason() {
+    let problem = prefill();
+    let default = candidates(&problem, &M1).unwrap()[0];
+    for (text, reason) in [
+        ("keys=64", "the tuned tile is ignored: keys=64 is no candidate of this version"),
+        ("cores=8", "the tuned tile is ignored: its record \"cores=8\" is none of this version"),
+        ("", "the tuned tile is ignored: its record \"\" is none of this version"),
+        ("value_chunk=8", "the tuned tile is ignored: value_chunk=8 is no candidate of this version"),
+    ] {
+        let choice = choice_with_record(&problem, text);
+        let ignored = Some(reason.to_owned());
+        assert_eq!(choice, TileChoice { tile: default, source: TileSource::Default, ignored });
+    }
+}
+
+#[test]
+fn a_tile_tuned_for_long_sequences_is_not_forced_on_short_ones() {
+    let long = problem([1, 8192, 8, 64], [8192, 8], false);
+    let tile = candidates(&long, &M1).unwrap()[0];
+    let text = TilePattern::of(&tile).to_string();
+    assert_eq!(choice_with_record(&long, &text).source, TileSource::Tuned);
+    let decode = problem([1, 1, 8, 64], [8192, 8], false);
+    let choice = choice_with_record(&decode, &text);
+    assert_eq!((choice.tile.simdgroups, choice.source), (1, TileSource::Default));
+    let reason = choice.ignored.unwrap();
+    assert!(reason.contains("at these sizes the default has "), "{reason}");
+    // The record of another dtype, head dimension or feature is nobody else's.
+    let masked = problem([1, 8192, 8, 64], [8192, 8], true);
+    let half = Problem { dtype: Dtype::F16, ..long };
+    let names = [long, masked, half].map(|problem| TuningKey::of(Tier::Simdgroup, &problem).to_string());
+    assert_eq!(names, ["simdgroup float32 64/64", "simdgroup float32 64/64 masked", "simdgroup float16 64/64"]);
+    let narrow = Problem { head_dim: 57, ..long };
+    assert_eq!(TuningKey::of(Tier::Simdgroup, &narrow).to_string(), names[0]);
+}
+
+#[test]
+fn a_forced_tile_serves_or_the_error_names_those_that_would() {
+    let with_tile = |text: &str| {
+        let tile = TilePattern::parse(text);
+        assert!(tile.is_some(), "{text}");
+        Settings { tile, ..Settings::DEFAULT }
+    };
+    let problem = prefill();
+    let settings = with_tile("keys=8,simdgroups=2");
+    let planner_of_gpu = planner(Device::Metal(M1), &settings);
+    let choice = planner_of_gpu.tile_choice(&problem, Tier::Simdgroup).unwrap();
+    assert_eq!((choice.tile.keys, choice.tile.simdgroups, choice.source), (8, 2, TileSource::Forced));
+    assert_eq!(planner_of_gpu.plan(&problem).unwrap().metal, Some(choice.tile));
+    let settings = with_tile("keys=64");
+    let error = planner(Device::Metal(M1), &settings).plan(&problem).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "MTLFLASHATTN_TILE: keys=64 for this call is not supported; unset the variable, or ask for what tiles for this \
+         call have: simdgroups 1, 2, 4, 8; row_fragments 1, 2; keys 8, 16, 32; staged off, on; value_chunk 64; query \
+         device, registers, threadgroup"
+    );
+    // A device without tiles takes no notice, and a tier that is forced says what it lacks.
+    assert_eq!(planner(CPU, &settings).plan(&problem).unwrap().tier, Tier::Cpu);
+    let forced_tier = Settings { kernel: forced("v1").kernel, ..settings };
+    let error = planner(Device::Metal(M1), &forced_tier).plan(&problem).unwrap_err().to_string();
+    assert!(error.contains("v1 for this call (simdgroup: MTLFLASHATTN_TILE is keys=64; tiles "), "{error}");
+}
+
+proptest! {
+    #[test]
+    fn patterns_are_read_back(index in 0..42usize, drop in 0..6usize) {
+        let tiles = candidates(&prefill(), &M1).unwrap();
+        let tile = tiles[index % tiles.len()];
+        let all = TilePattern::of(&tile);
+        prop_assert_eq!(TilePattern::parse(&all.to_string()), Some(all.clone()));
+        prop_assert_eq!(tiles.iter().filter(|other| all.matches(other)).count(), 1);
+        let some: Vec<String> =
+            all.fields().enumerate().filter(|&(i, _)| i != drop).map(|(_, (name, value))| format!("{name}={value}")).collect();
+        prop_assert!(TilePattern::parse(&some.join(" , ")).unwrap().matches(&tile));
+    }
+
+    #[test]
+    fn no_record_ever_makes_a_tile_that_is_no_candidate(text in "[a-z_=,0-9]{0,40}", len in 1..3000i64) {
+        let problem = problem([1, len, 2, 64], [len, 2], false);
+        let choice = choice_with_record(&problem, &text);
+        prop_assert!(candidates(&problem, &M1).unwrap().contains(&choice.tile));
     }
 }
