@@ -13,23 +13,32 @@
 // A row lies in four lanes that differ in bits 0 and 3. S is therefore an operand of P V as it lies, but for its type,
 // and fragments are loaded lane by lane, which takes any row address: rows past the end of a sequence are read as its last
 // row, and hidden by the mask. It also leaves open which dimension a row or column of a fragment stands for, as long as
-// Q and K, or V and O, agree: see dimension().
+// Q and K, or V and O, agree: neighbouring fragments deal theirs out in turn, so that what a lane needs of a row of K for
+// four of them, or of V for two, are 4 elements side by side. See head_dimension() and value_dimension().
 // Barriers, only if STAGED: one after a block was written, before anyone reads it; one after it was read, before the next
 // is written. Both are reached by all simdgroups the same number of times.
 
 typedef simdgroup_matrix<scalar, 8, 8> Operand;
 typedef simdgroup_matrix<float, 8, 8> Accumulator;
+typedef vec<scalar, 4> scalar4;
 
 constant constexpr int ROWS = 8 * ROW_FRAGMENTS;
 constant constexpr int KEY_FRAGMENTS = KEYS / 8;
 constant constexpr int HEAD_FRAGMENTS = (HEAD_DIM + 7) / 8;
 constant constexpr int VALUE_FRAGMENTS = VALUE_CHUNK / 8;
+// Fragments that deal out their dimensions together.
+constant constexpr int HEAD_DEAL = 4;
+constant constexpr int VALUE_DEAL = 2;
+constant constexpr int HEAD_DEALS = (HEAD_FRAGMENTS + HEAD_DEAL - 1) / HEAD_DEAL;
+// Whether the fragments of a row hold elements of the tensor and no others.
+constant constexpr bool HEAD_WHOLE = HEAD_DIM % 8 == 0;
+constant constexpr bool VALUE_WHOLE = VALUE_DIM % VALUE_CHUNK == 0;
 
 #if STAGED
-// 16 bytes behind every row spread rows over the banks.
-constant constexpr int KEY_PITCH = HEAD_FRAGMENTS * 8 + 16 / int(sizeof(scalar));
-constant constexpr int VALUE_PITCH = VALUE_CHUNK + 16 / int(sizeof(scalar));
-typedef threadgroup const scalar* block_pointer;
+// Length of a staged row in scalar4; 16 bytes behind every row spread rows over the banks.
+constant constexpr int KEY_PITCH = 2 * HEAD_FRAGMENTS + 16 / int(sizeof(scalar4));
+constant constexpr int VALUE_PITCH = 2 * VALUE_FRAGMENTS + 16 / int(sizeof(scalar4));
+typedef threadgroup const scalar4* block_pointer;
 #else
 typedef device const scalar* block_pointer;
 #endif
@@ -63,37 +72,96 @@ struct Rows {
 #if QUERY_IN_REGISTERS
     Operand values[ROW_FRAGMENTS][HEAD_FRAGMENTS];
 #elif QUERY_IN_THREADGROUP
-    threadgroup const scalar* values;
+    threadgroup const scalar4* values;
 #else
     device const scalar* values[ROW_FRAGMENTS];
     float sign;
 #endif
 };
 
-// The dimension that row or column `position` of a fragment stands for. Four fragments deal theirs out in turn, so that
-// what one lane reads for them lies side by side: one load of 4 elements of K, or 8 of V, instead of 4.
-constexpr int dimension(int fragment, int fragments, int position) {
-    const int first = fragment / 4 * 4;
-    const int together = fragments - first < 4 ? fragments - first : 4;
+// The dimension that column `position` of a fragment of Q stands for: four fragments deal theirs out one by one.
+constexpr int head_dimension(int fragment, int position) {
+    const int first = fragment / HEAD_DEAL * HEAD_DEAL;
+    const int together = HEAD_FRAGMENTS - first < HEAD_DEAL ? HEAD_FRAGMENTS - first : HEAD_DEAL;
     return first * 8 + position * together + fragment - first;
 }
 
-// Element i of a row of q or k; 0 behind the head dimension.
-template <typename Pointer>
-scalar head_element(Pointer row, int i) {
-    return HEAD_DIM % 8 == 0 || i < HEAD_DIM ? row[i] : scalar(0);
+// The same for V and O: two fragments deal theirs out in pairs, since a lane holds a pair of each.
+constexpr int value_dimension(int fragment, int position) {
+    const int first = fragment / VALUE_DEAL * VALUE_DEAL;
+    const int together = VALUE_FRAGMENTS - first < VALUE_DEAL ? VALUE_FRAGMENTS - first : VALUE_DEAL;
+    return first * 8 + (position / 2 * together + fragment - first) * 2 + position % 2;
 }
 
-// The same of a row of q, with the sign of the scale, which changes no digit.
-template <typename Pointer>
-scalar query_element(Pointer row, int i, float sign) {
-    return scalar(float(head_element(row, i)) * sign);
+// Element i of a row of q, k or v, which has `width`; 0 behind them.
+template <bool WHOLE>
+scalar element_of(device const scalar* row, int i, int width) {
+    return WHOLE || i < width ? row[i] : scalar(0);
 }
 
-// Column i of a row of v, counted from the first of the chunk, of which columns are in the tensor.
+// Elements 4 i to 4 i + 3 of it.
+template <bool WHOLE>
+scalar4 four_of(device const scalar* row, int i, int width) {
+#if ALIGNED
+    return WHOLE || 4 * i < width ? ((device const scalar4*)row)[i] : scalar4(scalar(0));
+#else
+    return scalar4(element_of<WHOLE>(row, 4 * i, width), element_of<WHOLE>(row, 4 * i + 1, width),
+                   element_of<WHOLE>(row, 4 * i + 2, width), element_of<WHOLE>(row, 4 * i + 3, width));
+#endif
+}
+
+#if STAGED
+// The same of a staged row, whose zeros are in memory.
+template <bool WHOLE>
+scalar element_of(threadgroup const scalar4* row, int i, int width) {
+    return ((threadgroup const scalar*)row)[i];
+}
+
+template <bool WHOLE>
+scalar4 four_of(threadgroup const scalar4* row, int i, int width) {
+    return row[i];
+}
+
+// Copies a block, a scalar4 a thread at a time; the last row takes the place of those behind it.
+template <bool WHOLE, int LENGTH, int PITCH>
+void stage(threadgroup scalar4* block, device const scalar* rows, long stride, int last, int width, int thread_index) {
+#pragma clang loop unroll_count(4)
+    for (int i = thread_index; i < KEYS * LENGTH; i += 32 * SIMDGROUPS) {
+        const int row = i / LENGTH;
+        block[row * PITCH + i % LENGTH] = four_of<WHOLE>(rows + min(row, last) * stride, i % LENGTH, width);
+    }
+}
+#endif
+
+// What a row of q or k has at `position` of the fragments that deal with fragment `first`.
 template <typename Pointer>
-scalar value_element(Pointer row, int i, int columns) {
-    return VALUE_DIM % VALUE_CHUNK == 0 || i < columns ? row[i] : scalar(0);
+scalar4 head_elements(Pointer row, int first, int position) {
+    if (HEAD_FRAGMENTS % HEAD_DEAL == 0 || first + HEAD_DEAL <= HEAD_FRAGMENTS) {
+        return four_of<HEAD_WHOLE>(row, 2 * first + position, HEAD_DIM);
+    }
+    scalar4 elements = scalar4(scalar(0));
+#pragma clang loop unroll(full)
+    for (int i = 0; i < HEAD_FRAGMENTS % HEAD_DEAL; ++i) {
+        elements[i] = element_of<HEAD_WHOLE>(row, head_dimension(first + i, position), HEAD_DIM);
+    }
+    return elements;
+}
+
+// What a row of v has at an even `position` and the next of two fragments, or of the last one.
+scalar4 value_elements(block_pointer row, int first, int position, int columns) {
+    const int i = value_dimension(first, position);
+    if (VALUE_FRAGMENTS % VALUE_DEAL == 0 || first + VALUE_DEAL <= VALUE_FRAGMENTS) {
+        return four_of<VALUE_WHOLE>(row, i / 4, columns);
+    }
+    return scalar4(element_of<VALUE_WHOLE>(row, i, columns), element_of<VALUE_WHOLE>(row, i + 1, columns), scalar(0),
+                   scalar(0));
+}
+
+Operand operand(scalar even, scalar odd) {
+    Operand fragment;
+    fragment.thread_elements()[0] = even;
+    fragment.thread_elements()[1] = odd;
+    return fragment;
 }
 
 // The address of row lane_row + fragment * 8 of a block.
@@ -110,23 +178,95 @@ block_pointer block_row(block_pointer block, long stride, int lane_row, int frag
 #endif
 }
 
-Operand query_fragment(int r, int d, Lane lane, thread const Rows& rows) {
-#if QUERY_IN_REGISTERS
-    return rows.values[r][d];
-#else
-    Operand query;
 #if QUERY_IN_THREADGROUP
-    threadgroup const scalar* elements = rows.values + (r * HEAD_FRAGMENTS + d) * 64 + lane.index * 2;
-    query.thread_elements()[0] = elements[0];
-    query.thread_elements()[1] = elements[1];
+// Where a lane parks its two scalar4 of the fragments of row fragment r that deal with fragment `first`.
+int parked_at(int r, int first, Lane lane) {
+    return (r * HEAD_DEALS + first / HEAD_DEAL) * 64 + lane.index * 2;
+}
+#endif
+
+// Fragments first, first + 1, .. of row fragment r of Q.
+void read_queries(int r, int first, Lane lane, thread const Rows& rows, thread Operand (&queries)[HEAD_DEAL]) {
+#if QUERY_IN_REGISTERS
+#pragma clang loop unroll(full)
+    for (int i = 0; i < HEAD_DEAL && first + i < HEAD_FRAGMENTS; ++i) {
+        queries[i] = rows.values[r][first + i];
+    }
 #else
-    const int first = dimension(d, HEAD_FRAGMENTS, lane.column);
-    const int second = dimension(d, HEAD_FRAGMENTS, lane.column + 1);
-    query.thread_elements()[0] = query_element(rows.values[r], first, rows.sign);
-    query.thread_elements()[1] = query_element(rows.values[r], second, rows.sign);
+#if QUERY_IN_THREADGROUP
+    const scalar4 low = rows.values[parked_at(r, first, lane)];
+    const scalar4 high = rows.values[parked_at(r, first, lane) + 1];
+    queries[0] = operand(low[0], low[1]);
+    queries[1] = operand(low[2], low[3]);
+    queries[2] = operand(high[0], high[1]);
+    queries[3] = operand(high[2], high[3]);
+#else
+    const scalar4 evens = head_elements(rows.values[r], first, lane.column);
+    const scalar4 odds = head_elements(rows.values[r], first, lane.column + 1);
+#pragma clang loop unroll(full)
+    for (int i = 0; i < HEAD_DEAL; ++i) {
+        queries[i] = operand(evens[i], odds[i]);
+    }
 #endif
-    return query;
 #endif
+}
+
+// S of key fragment f of a block.
+template <bool EDGE>
+void multiply_keys(int f, Block block, Lane lane, thread const Rows& rows, thread Accumulator (&scores)[ROW_FRAGMENTS][KEY_FRAGMENTS]) {
+    block_pointer even = block_row<EDGE>(block.keys, block.key_stride, lane.column, f, block.last);
+    block_pointer odd = block_row<EDGE>(block.keys, block.key_stride, lane.column + 1, f, block.last);
+#pragma clang loop unroll(full)
+    for (int r = 0; r < ROW_FRAGMENTS; ++r) {
+        scores[r][f] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+    }
+#if QUERY_IN_REGISTERS
+#pragma clang loop unroll(full)
+#else
+#pragma clang loop unroll(disable)
+#endif
+    for (int first = 0; first < HEAD_FRAGMENTS; first += HEAD_DEAL) {
+        const scalar4 evens = head_elements(even, first, lane.row);
+        const scalar4 odds = head_elements(odd, first, lane.row);
+        Operand queries[ROW_FRAGMENTS][HEAD_DEAL];
+#pragma clang loop unroll(full)
+        for (int r = 0; r < ROW_FRAGMENTS; ++r) {
+            read_queries(r, first, lane, rows, queries[r]);
+        }
+#pragma clang loop unroll(full)
+        for (int i = 0; i < HEAD_DEAL; ++i) {
+            if (HEAD_FRAGMENTS % HEAD_DEAL != 0 && first + i >= HEAD_FRAGMENTS) {
+                continue;
+            }
+            const Operand key = operand(evens[i], odds[i]);  // transposed: a lane holds one dimension of two keys
+#pragma clang loop unroll(full)
+            for (int r = 0; r < ROW_FRAGMENTS; ++r) {
+                simdgroup_multiply_accumulate(scores[r][f], queries[r][i], key, scores[r][f]);
+            }
+        }
+    }
+}
+
+// O += P V for key fragment f of a block.
+template <bool EDGE>
+void multiply_values(int f, Block block, int columns, Lane lane,
+                     thread const Operand (&weights)[ROW_FRAGMENTS][KEY_FRAGMENTS], thread Rows& rows) {
+    block_pointer row = block_row<EDGE>(block.values, block.value_stride, lane.row, f, block.last);
+#pragma clang loop unroll(full)
+    for (int first = 0; first < VALUE_FRAGMENTS; first += VALUE_DEAL) {
+        const scalar4 elements = value_elements(row, first, lane.column, columns);
+#pragma clang loop unroll(full)
+        for (int i = 0; i < VALUE_DEAL; ++i) {
+            if (VALUE_FRAGMENTS % VALUE_DEAL != 0 && first + i >= VALUE_FRAGMENTS) {
+                continue;
+            }
+            const Operand value = operand(elements[2 * i], elements[2 * i + 1]);
+#pragma clang loop unroll(full)
+            for (int r = 0; r < ROW_FRAGMENTS; ++r) {
+                simdgroup_multiply_accumulate(rows.out[r][first + i], weights[r][f], value, rows.out[r][first + i]);
+            }
+        }
+    }
 }
 
 // Takes a block of keys into account. EDGE: some row may not see some key of it.
@@ -136,27 +276,7 @@ void add_block(Block block, int columns, Lane lane, Place place, constant Sizes&
     Accumulator scores[ROW_FRAGMENTS][KEY_FRAGMENTS];
 #pragma clang loop unroll(full)
     for (int f = 0; f < KEY_FRAGMENTS; ++f) {
-        block_pointer even = block_row<EDGE>(block.keys, block.key_stride, lane.column, f, block.last);
-        block_pointer odd = block_row<EDGE>(block.keys, block.key_stride, lane.column + 1, f, block.last);
-#pragma clang loop unroll(full)
-        for (int r = 0; r < ROW_FRAGMENTS; ++r) {
-            scores[r][f] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-        }
-#if QUERY_IN_REGISTERS
-#pragma clang loop unroll(full)
-#else
-#pragma clang loop unroll_count(4)
-#endif
-        for (int d = 0; d < HEAD_FRAGMENTS; ++d) {
-            Operand key;  // transposed: a lane holds one dimension of two keys
-            const int i = dimension(d, HEAD_FRAGMENTS, lane.row);
-            key.thread_elements()[0] = head_element(even, i);
-            key.thread_elements()[1] = head_element(odd, i);
-#pragma clang loop unroll(full)
-            for (int r = 0; r < ROW_FRAGMENTS; ++r) {
-                simdgroup_multiply_accumulate(scores[r][f], query_fragment(r, d, lane, rows), key, scores[r][f]);
-            }
-        }
+        multiply_keys<EDGE>(f, block, lane, rows, scores);
     }
 
     // Scores leave the products unscaled where one fma can scale them and subtract the maximum.
@@ -166,22 +286,27 @@ void add_block(Block block, int columns, Lane lane, Place place, constant Sizes&
 #pragma clang loop unroll(full)
     for (int r = 0; r < ROW_FRAGMENTS; ++r) {
         float maximum = HIDDEN;
+        // What the row sees, counted from the key of this lane's first column.
         const KeyRange visible = visible_keys(rows.query[r], place, sizes);
+        const int start = visible.start - block.first - lane.column;
+        const int end = visible.end - block.first - lane.column;
 #pragma clang loop unroll(full)
         for (int f = 0; f < KEY_FRAGMENTS; ++f) {
 #pragma clang loop unroll(full)
             for (int e = 0; e < 2; ++e) {
                 float score = scores[r][f].thread_elements()[e];
-                const int row = 8 * f + lane.column + e;
+#if QUERY_IN_DEVICE
+                score *= rows.sign;
+#endif
 #if SCORE_MODIFIED
+                const int row = 8 * f + lane.column + e;
                 const int key = block.first + (EDGE ? min(row, block.last) : row);
                 score = modified_score(score, key, rows.modifiers[r], sizes, factors);
 #else
                 score = scaled ? score * factors.score : score;
 #endif
                 if (EDGE) {
-                    const int position = block.first + row;
-                    score = position >= visible.start && position < visible.end ? score : HIDDEN;
+                    score = 8 * f + e >= start && 8 * f + e < end ? score : HIDDEN;
                 }
                 scores[r][f].thread_elements()[e] = score;
                 maximum = max(maximum, score);
@@ -225,19 +350,7 @@ void add_block(Block block, int columns, Lane lane, Place place, constant Sizes&
 
 #pragma clang loop unroll(full)
     for (int f = 0; f < KEY_FRAGMENTS; ++f) {
-        block_pointer value_row = block_row<EDGE>(block.values, block.value_stride, lane.row, f, block.last);
-#pragma clang loop unroll(full)
-        for (int v = 0; v < VALUE_FRAGMENTS; ++v) {
-            Operand value;
-            const int first = dimension(v, VALUE_FRAGMENTS, lane.column);
-            const int second = dimension(v, VALUE_FRAGMENTS, lane.column + 1);
-            value.thread_elements()[0] = value_element(value_row, first, columns);
-            value.thread_elements()[1] = value_element(value_row, second, columns);
-#pragma clang loop unroll(full)
-            for (int r = 0; r < ROW_FRAGMENTS; ++r) {
-                simdgroup_multiply_accumulate(rows.out[r][v], weights[r][f], value, rows.out[r][v]);
-            }
-        }
+        multiply_values<EDGE>(f, block, columns, lane, weights, rows);
     }
 }
 
@@ -271,11 +384,11 @@ kernel void attention_simdgroup(
     uint lane_index [[thread_index_in_simdgroup]])
 {
 #if STAGED
-    threadgroup scalar staged_keys[KEYS * KEY_PITCH];
-    threadgroup scalar staged_values[KEYS * VALUE_PITCH];
+    threadgroup scalar4 staged_keys[KEYS * KEY_PITCH];
+    threadgroup scalar4 staged_values[KEYS * VALUE_PITCH];
 #endif
 #if QUERY_IN_THREADGROUP
-    threadgroup scalar parked_queries[SIMDGROUPS * ROWS * HEAD_FRAGMENTS * 8];
+    threadgroup scalar4 parked_queries[SIMDGROUPS * ROW_FRAGMENTS * HEAD_DEALS * 64];
 #endif
 #if PACKED
     const Place place = place_of(threadgroup_position, sizes, query_offsets, key_offsets);
@@ -322,7 +435,7 @@ kernel void attention_simdgroup(
 #endif
     Rows rows;
 #if QUERY_IN_THREADGROUP
-    threadgroup scalar* parked = parked_queries + int(simdgroup_index) * (ROWS * HEAD_FRAGMENTS * 8);
+    threadgroup scalar4* parked = parked_queries + int(simdgroup_index) * (ROW_FRAGMENTS * HEAD_DEALS * 64);
     rows.values = parked;
 #endif
 #pragma clang loop unroll(full)
@@ -335,23 +448,27 @@ kernel void attention_simdgroup(
         for (int v = 0; v < VALUE_FRAGMENTS; ++v) {
             rows.out[r][v] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
         }
-#if QUERY_IN_REGISTERS
-#pragma clang loop unroll(full)
-        for (int d = 0; d < HEAD_FRAGMENTS; ++d) {
-            const int first = dimension(d, HEAD_FRAGMENTS, lane.column);
-            const int second = dimension(d, HEAD_FRAGMENTS, lane.column + 1);
-            rows.values[r][d].thread_elements()[0] = query_element(row, first, sign);
-            rows.values[r][d].thread_elements()[1] = query_element(row, second, sign);
-        }
-#elif QUERY_IN_THREADGROUP
-        for (int d = 0; d < HEAD_FRAGMENTS; ++d) {
-            threadgroup scalar* elements = parked + (r * HEAD_FRAGMENTS + d) * 64 + lane.index * 2;
-            elements[0] = query_element(row, dimension(d, HEAD_FRAGMENTS, lane.column), sign);
-            elements[1] = query_element(row, dimension(d, HEAD_FRAGMENTS, lane.column + 1), sign);
-        }
-#else
+#if QUERY_IN_DEVICE
         rows.values[r] = row;
         rows.sign = sign;
+#else
+        // The sign of the scale changes no digit of q.
+#if QUERY_IN_REGISTERS
+#pragma clang loop unroll(full)
+#endif
+        for (int first = 0; first < HEAD_FRAGMENTS; first += HEAD_DEAL) {
+            const scalar4 evens = scalar4(float4(head_elements(row, first, lane.column)) * sign);
+            const scalar4 odds = scalar4(float4(head_elements(row, first, lane.column + 1)) * sign);
+#if QUERY_IN_REGISTERS
+#pragma clang loop unroll(full)
+            for (int i = 0; i < HEAD_DEAL && first + i < HEAD_FRAGMENTS; ++i) {
+                rows.values[r][first + i] = operand(evens[i], odds[i]);
+            }
+#else
+            parked[parked_at(r, first, lane)] = scalar4(evens[0], odds[0], evens[1], odds[1]);
+            parked[parked_at(r, first, lane) + 1] = scalar4(evens[2], odds[2], evens[3], odds[3]);
+#endif
+        }
 #endif
 #if SCORE_MODIFIED
         rows.modifiers[r].position = query + place.diagonal;
@@ -385,6 +502,7 @@ kernel void attention_simdgroup(
 #if STAGED
     block.keys = staged_keys;
     block.values = staged_values;
+    const int thread_index = int(simdgroup_index) * 32 + lane.index;
     block.key_stride = KEY_PITCH;
     block.value_stride = VALUE_PITCH;
     const int group_last = min(group_first + SIMDGROUPS * ROWS, place.query_len) - 1;
@@ -402,17 +520,10 @@ kernel void attention_simdgroup(
         block.last = place.key_len - 1 - first;
 #if STAGED
         threadgroup_barrier(mem_flags::mem_threadgroup);  // the previous block has been read
-        for (int row = int(simdgroup_index); row < KEYS; row += SIMDGROUPS) {
-            const int key = min(first + row, place.key_len - 1);
-            device const scalar* key_row = keys + key * sizes.k.row;
-            for (int i = lane.index; i < HEAD_DIM; i += 32) {
-                staged_keys[row * KEY_PITCH + i] = key_row[i];
-            }
-            device const scalar* value_row = values + key * sizes.v.row;
-            for (int i = lane.index; i < columns; i += 32) {
-                staged_values[row * VALUE_PITCH + i] = value_row[i];
-            }
-        }
+        stage<HEAD_WHOLE, 2 * HEAD_FRAGMENTS, KEY_PITCH>(staged_keys, keys + first * sizes.k.row, sizes.k.row, block.last,
+                                                         HEAD_DIM, thread_index);
+        stage<VALUE_WHOLE, 2 * VALUE_FRAGMENTS, VALUE_PITCH>(staged_values, values + first * sizes.v.row, sizes.v.row,
+                                                             block.last, columns, thread_index);
         threadgroup_barrier(mem_flags::mem_threadgroup);  // this block has been written
         if (first >= seen_end || first + KEYS <= seen_start) {
             continue;
@@ -443,7 +554,7 @@ kernel void attention_simdgroup(
             for (int v = 0; v < VALUE_FRAGMENTS; ++v) {
 #pragma clang loop unroll(full)
                 for (int e = 0; e < 2; ++e) {
-                    const int column = dimension(v, VALUE_FRAGMENTS, lane.column + e);
+                    const int column = value_dimension(v, lane.column + e);
                     if (VALUE_DIM % VALUE_CHUNK == 0 || column < columns) {
                         row[column] = scalar(rows.out[r][v].thread_elements()[e] * normalizer);
                     }

@@ -37,6 +37,8 @@ pub struct Features {
     pub sinks: bool,
     /// The LSE is written.
     pub lse: bool,
+    /// Rows of q, k and v can be read in pieces of four elements, see [`Kernel::aligned`].
+    pub aligned: bool,
 }
 
 impl Features {
@@ -55,6 +57,7 @@ impl Features {
             },
             sinks: problem.sinks.is_some(),
             lse,
+            aligned: false,
         }
     }
 }
@@ -98,6 +101,19 @@ impl Kernel {
         }
     }
 
+    /// This kernel for tensors whose first elements lie `starts` bytes (q, k, v) behind an address that is a multiple of
+    /// 16: it reads four elements at once if every row of `problem` lets it.
+    #[must_use]
+    pub fn aligned(mut self, problem: &Problem, starts: [usize; 3]) -> Self {
+        let Problem { q, k, v, head_dim, value_dim, dtype, .. } = problem;
+        let is_four = |elements: i64| elements % 4 == 0;
+        let rows = [q, k, v].into_iter().all(|at| [at.batch, at.row, at.head].into_iter().all(is_four));
+        let widths = [head_dim, value_dim].into_iter().all(|width| width.is_multiple_of(4));
+        let starts = starts.into_iter().all(|start| start.is_multiple_of(4 * dtype.size()));
+        self.features.aligned = self.tier == Tier::Simdgroup && rows && widths && starts;
+        self
+    }
+
     /// Name of the entry point in [`source`](Self::source).
     #[must_use]
     pub const fn entry(&self) -> &'static str {
@@ -122,7 +138,7 @@ impl Kernel {
     }
 
     fn defines(&self) -> String {
-        let Features { packed, window_left, window_right, softcap, alibi, bias, sinks, lse } = self.features;
+        let Features { packed, window_left, window_right, softcap, alibi, bias, sinks, lse, aligned } = self.features;
         let bias_is = |kind| bias == Some(kind);
         let mut text = String::new();
         let mut define =
@@ -152,8 +168,10 @@ impl Kernel {
             define("ROW_FRAGMENTS", self.tile.row_fragments);
             define("KEYS", self.tile.keys);
             define("STAGED", usize::from(self.tile.staged));
+            define("ALIGNED", usize::from(aligned));
             define("QUERY_IN_REGISTERS", usize::from(self.tile.query == QueryHome::Registers));
             define("QUERY_IN_THREADGROUP", usize::from(self.tile.query == QueryHome::Threadgroup));
+            define("QUERY_IN_DEVICE", usize::from(self.tile.query == QueryHome::Device));
         }
         let scalar = match self.dtype {
             Dtype::F32 => "float",

@@ -47,7 +47,7 @@ fn kernels() -> Vec<Kernel> {
                     kernel.features = Features { packed: staged, window_left: true, sinks: true, ..features };
                     let mut scalar = Kernel::scalar(&problem, staged);
                     scalar.features = Features { lse: staged, ..kernel.features };
-                    all.extend([kernel, scalar]);
+                    all.extend([kernel, kernel.aligned(&problem, [0; 3]), scalar]);
                 }
             }
         }
@@ -97,6 +97,31 @@ fn texts_differ_where_kernels_do() {
 fn sizes_do_not_change_the_kernel() {
     let kernel = |sizes| Kernel::simdgroup(&problem(Dtype::F16, sizes, &open()), TILE, true);
     assert_eq!(kernel([2, 100, 90, 4]), kernel([1, 7, 4096, 2]));
+}
+
+#[test]
+fn rows_are_read_by_fours_where_all_of_them_start_and_end_at_fours() {
+    let base = problem(Dtype::F16, [2, 100, 90, 4], &open());
+    let is_aligned =
+        |problem: &Problem, starts| Kernel::simdgroup(problem, TILE, true).aligned(problem, starts).features.aligned;
+    assert!(is_aligned(&base, [0, 8, 16]) && !is_aligned(&base, [0, 4, 16]) && !is_aligned(&base, [0, 8, 2]));
+    let float = problem(Dtype::F32, [2, 100, 90, 4], &open());
+    assert!(is_aligned(&float, [0, 32, 16]) && !is_aligned(&float, [8, 0, 0]));
+    let changes: [fn(&mut Problem); 6] = [
+        |problem| problem.q.row += 2,
+        |problem| problem.k.head += 1,
+        |problem| problem.v.batch += 3,
+        |problem| problem.v.row += 6,
+        |problem| problem.head_dim = 62,
+        |problem| problem.value_dim = 79,
+    ];
+    for change in changes {
+        let mut changed = base;
+        change(&mut changed);
+        assert!(!is_aligned(&changed, [0; 3]), "{changed:?}");
+    }
+    let scalar = Kernel::scalar(&base, true);
+    assert_eq!(scalar.aligned(&base, [0; 3]), scalar);
 }
 
 #[test]

@@ -365,7 +365,8 @@ pub fn _plan_elsewhere(py: Python<'_>, question: Question) -> PyResult<PlanAnswe
         let settings = Settings { kernel: asked.kernel, tile: asked.tile.clone(), ..Settings::DEFAULT };
         let planner = Planner::new(Device::Metal(gpu), &settings);
         let plan = planner.plan(&problem)?;
-        let kernel = kernel_of(&plan, &problem, question.lse);
+        // Tensors with memory of their own start where a page or a line of the cache does.
+        let kernel = kernel_of(&plan, &problem, question.lse).map(|kernel| kernel.aligned(&problem, [0; 3]));
         let passed_over = planner.passed_over(&problem, &plan);
         let why = plan.metal.and_then(|tile| explain(&problem, &gpu, &tile));
         Ok(PlanAnswer {
@@ -417,7 +418,8 @@ pub fn _kernel_text(py: Python<'_>, question: Question) -> PyResult<MslAnswer> {
             instead: reason,
         };
         let plan = planner.serve(&problem, tier).map_err(|reason| refused(reason.to_string()))?;
-        let kernel = kernel_of(&plan, &problem, question.lse);
+        // Tensors with memory of their own start where a page or a line of the cache does.
+        let kernel = kernel_of(&plan, &problem, question.lse).map(|kernel| kernel.aligned(&problem, [0; 3]));
         let kernel = kernel.ok_or_else(|| refused("it has no kernel text".into()))?;
         Ok(MslAnswer {
             gpu: GpuAnswer::new(&gpu),

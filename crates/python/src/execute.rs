@@ -162,6 +162,7 @@ fn execute_on_metal<'py>(
             Some(operands) => operands,
             none => none.insert(self::operands(call, &results)?),
         };
+        let kernel = kernel.aligned(problem, device.starts(operands)?);
         match device.attend(py, problem, &kernel, operands, settings.probe) {
             Ok(()) => break,
             Err(Fault::Raised(error)) => return Err(error),

@@ -7,6 +7,7 @@ use mtlflashattn_core::plan::Gpu;
 use mtlflashattn_core::{Plan, Problem, Strides, Tier};
 use mtlflashattn_metal::{Device, DeviceError, Kernel, Launch, LseStrides, Outputs, Tensors as LaunchTensors};
 use pyo3::exceptions::PyRuntimeWarning;
+use pyo3::intern;
 use pyo3::prelude::*;
 
 use crate::error::Error;
@@ -54,6 +55,21 @@ impl MetalDevice {
             Self::Mps => attend(&Mps::new(py), problem, kernel, operands, check),
             Self::Simulator => attend(&Simulated::new(py), problem, kernel, operands, check),
         }
+    }
+
+    /// Bytes from an address that is a multiple of 16 to the first elements of q, k and v.
+    pub fn starts(self, operands: &Operands<'_>) -> PyResult<[usize; 3]> {
+        let start = |operand: &Operand<'_>| -> PyResult<usize> {
+            Ok(match self {
+                // Metal's buffers begin at such addresses; what torch calls the pointer of a tensor on MPS is none.
+                Self::Mps => {
+                    let offset = operand.object.call_method0(intern!(operand.object.py(), "storage_offset"))?;
+                    offset.extract::<usize>()? * operand.view.element.size()
+                }
+                Self::Simulator => operand.view.data.addr(),
+            })
+        };
+        Ok([start(&operands.q)?, start(&operands.k)?, start(&operands.v)?])
     }
 
     /// Why the device refuses `kernel`, if it has done so before.
@@ -135,7 +151,7 @@ impl From<Error> for Fault {
     }
 }
 
-/// The kernel of `plan`; `None` when its tier is none of Metal's.
+/// The kernel of `plan` for tensors that lie anywhere; `None` when its tier is none of Metal's.
 pub fn kernel_of(plan: &Plan, problem: &Problem, want_lse: bool) -> Option<Kernel> {
     match (plan.tier, plan.metal) {
         (Tier::Scalar, _) => Some(Kernel::scalar(problem, want_lse)),
@@ -144,9 +160,12 @@ pub fn kernel_of(plan: &Plan, problem: &Problem, want_lse: bool) -> Option<Kerne
     }
 }
 
-/// Why `device` refuses a kernel of `plan`, with or without LSE, if it has done so before.
+/// Why `device` refuses a kernel of `plan`, with or without LSE, aligned or not, if it has done so before.
 pub fn refusal(device: MetalDevice, plan: &Plan, problem: &Problem) -> Option<Arc<str>> {
-    [false, true].into_iter().find_map(|want_lse| device.refusal(&kernel_of(plan, problem, want_lse)?))
+    [false, true].into_iter().find_map(|want_lse| {
+        let kernel = kernel_of(plan, problem, want_lse)?;
+        device.refusal(&kernel).or_else(|| device.refusal(&kernel.aligned(problem, [0; 3])))
+    })
 }
 
 /// Computes `problem` by `kernel`. Nothing is copied and nothing is waited for, but at the first use of a kernel, which

@@ -46,7 +46,7 @@ impl Element {
         }
     }
 
-    const fn size(self) -> usize {
+    pub const fn size(self) -> usize {
         match self {
             Self::Float(dtype) => dtype.size(),
             Self::Int32 => 4,

@@ -263,9 +263,9 @@ mod tests {
         assert_eq!(occupancy.threadgroup_bytes, 0);
         // Whole threadgroups of 128 threads.
         assert_eq!(occupancy.threadgroups, occupancy.threads / 128);
-        // 32 rows of 100 halfs, in whole fragments: 6,656 bytes.
+        // 32 rows of 100 halfs, in groups of four fragments: 8,192 bytes.
         let parked = MetalTile { query: QueryHome::Threadgroup, ..direct };
-        assert_eq!(Occupancy::predict(&parked, &half_shape(100)).threadgroup_bytes, 32 * 104 * 2);
+        assert_eq!(Occupancy::predict(&parked, &half_shape(100)).threadgroup_bytes, 32 * 128 * 2);
     }
 
     proptest! {

@@ -7,6 +7,8 @@ use crate::{Dtype, Lengths, Problem};
 
 /// Rows and columns of one `simdgroup_matrix`, the unit of every size of a [`MetalTile`].
 pub const FRAGMENT: usize = 8;
+/// Fragments of Q whose elements a lane keeps side by side in threadgroup memory.
+const DEAL: usize = 4;
 /// Bytes by which a staged row is longer than its elements, so that the rows of a fragment lie in different banks.
 const ROW_PADDING: usize = 16;
 
@@ -91,7 +93,8 @@ impl MetalTile {
         let key_row = head_dim.next_multiple_of(FRAGMENT) * dtype.size();
         let value_row = self.value_chunk.next_multiple_of(FRAGMENT) * dtype.size();
         let staged = if self.staged { self.keys * (key_row + value_row + 2 * ROW_PADDING) } else { 0 };
-        let query = if matches!(self.query, QueryHome::Threadgroup) { self.rows() * key_row } else { 0 };
+        let parked_row = head_dim.next_multiple_of(DEAL * FRAGMENT) * dtype.size();
+        let query = if matches!(self.query, QueryHome::Threadgroup) { self.rows() * parked_row } else { 0 };
         staged + query
     }
 }

@@ -112,13 +112,15 @@ pub fn small_cases() -> Vec<Case> {
 /// Runs the cases and prints a line for each tile. Whether all of them are right.
 pub fn run(programs: &Programs, cases: &[Case]) -> Result<bool, String> {
     let problems: Vec<Problem> = cases.iter().map(Case::problem).collect();
-    let kernel_of = |problem: &Problem, tile: Option<MetalTile>| {
-        tile.map_or_else(|| Kernel::scalar(problem, true), |tile| Kernel::simdgroup(problem, tile, true))
+    // Causal problems take the kernels for tensors that may lie anywhere, so that both forms run.
+    let kernel_of = |problem: &Problem, causal: bool, tile: Option<MetalTile>| {
+        let kernel = tile.map_or_else(|| Kernel::scalar(problem, true), |tile| Kernel::simdgroup(problem, tile, true));
+        if causal { kernel } else { kernel.aligned(problem, [0; 3]) }
     };
     let kernels: Vec<Vec<Kernel>> = cases
         .iter()
         .zip(&problems)
-        .map(|(case, problem)| case.tiles.iter().map(|&tile| kernel_of(problem, tile)).collect())
+        .map(|(case, problem)| case.tiles.iter().map(|&tile| kernel_of(problem, case.causal, tile)).collect())
         .collect();
     if let Some(kernel) = kernels.iter().flatten().find(|kernel| !kernel.fits()) {
         return Err(format!("{:?} does not fit in threadgroup memory", kernel.tile));

@@ -106,7 +106,11 @@ pub fn compare(programs: &Programs, peer: Option<&Peer>) -> Result<(), String> {
         let dim = shape.head_dim;
         let tiles = [staged(4, 1, 32, dim), staged(4, 2, 16, dim), direct(4, 1, 16, dim), direct(4, 2, 16, dim)];
         let mut candidates = vec![Candidate::Ours(Box::new(Kernel::scalar(&problem, false)))];
-        candidates.extend(tiles.map(|tile| Candidate::Ours(Box::new(Kernel::simdgroup(&problem, tile, false)))));
+        candidates.extend(
+            tiles.map(|tile| {
+                Candidate::Ours(Box::new(Kernel::simdgroup(&problem, tile, false).aligned(&problem, [0; 3])))
+            }),
+        );
         if peer.is_some() {
             candidates.extend([Candidate::Peer(Peer::SCALAR), Candidate::Peer(Peer::SIMDGROUP)]);
         }
@@ -121,7 +125,7 @@ pub fn tiles(programs: &Programs, peer: Option<&Peer>) -> Result<(), String> {
         let problem = problem(shape);
         let mut candidates: Vec<Candidate> = candidate_tiles(shape.head_dim)
             .into_iter()
-            .map(|tile| Kernel::simdgroup(&problem, tile, false))
+            .map(|tile| Kernel::simdgroup(&problem, tile, false).aligned(&problem, [0; 3]))
             .filter(Kernel::fits)
             .map(|kernel| Candidate::Ours(Box::new(kernel)))
             .collect();

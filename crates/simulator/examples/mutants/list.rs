@@ -47,6 +47,7 @@ const WINDOW: &str = "bf16 96 bias softcap window";
 const ONE: &str = "f16 1";
 const WIDE: &str = "f16 8/136 wide block";
 const CHUNKS: &str = "bf16 256 in chunks";
+const ALIGNED: &str = "f16 12/20 staged aligned";
 
 /// The problem whose rows lie far apart, in three kernels.
 pub const FAR_DIRECT: &str = "far apart, direct";
@@ -154,14 +155,21 @@ pub const MUTANTS: &[Mutant] = &[
     bug("block offsets of 32 bits", FAR_DIRECT, "keys + first * sizes.k.row", "keys + first * int(sizes.k.row)"),
     bug("offsets in a block of 32 bits", FAR_DIRECT, "+ (8 * fragment) * stride", "+ (8 * fragment) * int(stride)"),
     bug("offsets in an edge block of 32 bits", FAR_DIRECT, "fragment, last) * stride", "fragment, last) * int(stride)"),
-    bug("staged offsets of 32 bits", FAR_STAGED, "values + key * sizes.v.row", "values + key * int(sizes.v.row)"),
+    bug("staged offsets of 32 bits", FAR_STAGED, "min(row, last) * stride", "min(row, last) * int(stride)"),
+    bug(
+        "staged block offsets of 32 bits",
+        FAR_STAGED,
+        "values + first * sizes.v.row",
+        "values + first * int(sizes.v.row)",
+    ),
     bug("scalar key offsets of 32 bits", FAR_SCALAR, "keys + key * sizes.k.row", "keys + key * int(sizes.k.row)"),
     bug("bias offsets of 32 bits", FAR_DIRECT, "query * sizes.bias_query", "query * int(sizes.bias_query)"),
     bug("bias key offsets of 32 bits", FAR_SCALAR, "key * sizes.bias_key", "key * int(sizes.bias_key)"),
     bug("lse offsets of 32 bits", FAR_SCALAR, "place.head * sizes.lse_head", "place.head * int(sizes.lse_head)"),
     // Scores.
     bug("negative scales are taken for positive ones", SCALAR, "product *= factors.query;", ""),
-    bug("sign of the scale is not in q", DIRECT, "query_element(row, first, sign)", "query_element(row, first, 1.0f)"),
+    bug("sign of the scale is not in q", DIRECT, "first, lane.column)) * sign)", "first, lane.column)))"),
+    bug("sign of the scale is not in scores", FROM_DEVICE, "score *= rows.sign;", ""),
     bug("scale is applied twice", SCALAR, "product * factors.score;", "product * factors.score * factors.score;"),
     bug("softcap is not undone", SOFTCAP, "factors.softcap * precise::tanh(score)", "precise::tanh(score)"),
     bug("ALiBi favours distance", SOFTCAP, "fma(-row.slope,", "fma(row.slope,"),
@@ -222,22 +230,41 @@ pub const MUTANTS: &[Mutant] = &[
     bug("lane map: rows", DIRECT, "(quad & 4) + lane.index", "(quad & 2) * 2 + lane.index"),
     bug("lane map: columns", DIRECT, "(quad & 2) * 2 + lane.index % 2 * 2", "(quad & 4) + lane.index % 2 * 2"),
     bug("lane map: neighbours", DIRECT, "lane.index % 2 * 2;", "lane.index % 2;"),
-    bug("dimensions dealt as if fragments were four", BIASED, "fragments - first < 4 ? fragments - first : 4", "4"),
+    bug(
+        "dimensions dealt as if fragments were four",
+        BIASED,
+        "HEAD_FRAGMENTS - first < HEAD_DEAL ? HEAD_FRAGMENTS - first : HEAD_DEAL",
+        "HEAD_DEAL",
+    ),
     bug(
         "q and k deal dimensions differently",
         PARKED,
-        "elements[1] = query_element(row, dimension(d, HEAD_FRAGMENTS, lane.column + 1), sign)",
-        "elements[1] = query_element(row, 8 * d + lane.column + 1, sign)",
+        "scalar4(evens[0], odds[0], evens[1], odds[1])",
+        "scalar4(evens[0], evens[1], odds[0], odds[1])",
     ),
     bug(
         "v and out deal dimensions differently",
         DIRECT,
-        "dimension(v, VALUE_FRAGMENTS, lane.column + e)",
+        "value_dimension(v, lane.column + e)",
         "8 * v + lane.column + e",
     ),
-    bug("head dimension's tail reads one too many", PARKED, "i < HEAD_DIM ? row[i]", "i <= HEAD_DIM ? row[i]"),
-    bug("head dimension has no tail", ONE, "HEAD_DIM % 8 == 0 || i < HEAD_DIM ? row[i] : scalar(0)", "row[i]"),
-    bug("value dimension's tail reads one too many", PARKED, "|| i < columns ? row[i]", "|| i <= columns ? row[i]"),
+    bug("a row's tail reads one too many", PARKED, "|| i < width ? row[i]", "|| i <= width ? row[i]"),
+    bug("head dimension has no tail", ONE, "HEAD_WHOLE = HEAD_DIM % 8 == 0", "HEAD_WHOLE = true"),
+    bug("value dimension has no tail", PARKED, "VALUE_WHOLE = VALUE_DIM % VALUE_CHUNK == 0", "VALUE_WHOLE = true"),
+    bug("aligned tail reads one too many", BIASED, "|| 4 * i < width ?", "|| 4 * i <= width ?"),
+    bug("aligned tail is short", ALIGNED, "|| 4 * i < width ?", "|| 4 * i + 4 < width ?"),
+    bug("aligned reads are one off", DIRECT, "(device const scalar4*)row)[i]", "(device const scalar4*)row)[i + 1]"),
+    bug("aligned reads in elements", STAGED, "(device const scalar4*)row)[i]", "(device const scalar4*)(row + i))[0]"),
+    bug("four elements in the wrong order", CHUNKS, "(row, 4 * i + 2, width)", "(row, 4 * i + 1, width)"),
+    bug(
+        "keys of one fragment are exchanged",
+        DIRECT,
+        "operand(evens[i], odds[i]);  //",
+        "operand(odds[i], evens[i]);  //",
+    ),
+    bug("values of two fragments are exchanged", WIDE, "elements[2 * i + 1]", "elements[i + 1]"),
+    bug("last fragment of v is left out", MASKED, "first + i >= VALUE_FRAGMENTS", "first + i >= VALUE_FRAGMENTS - 1"),
+    bug("last fragment of k is left out", MASKED, "first + i >= HEAD_FRAGMENTS)", "first + i >= HEAD_FRAGMENTS - 1)"),
     bug("value dimension's tail writes one too many", PARKED, "|| column < columns) {", "|| column <= columns) {"),
     bug(
         "columns of v start at the first chunk",
@@ -265,8 +292,8 @@ pub const MUTANTS: &[Mutant] = &[
     ),
     bug("scalar misses a dimension", SCALAR, "i < int(sizes.head_dim)", "i < int(sizes.head_dim) - 1"),
     // Blocks and edges.
-    bug("key after the visible ones", STAGED, "position < visible.end ?", "position <= visible.end ?"),
-    bug("first visible key is hidden", PACKED, "position >= visible.start &&", "position > visible.start &&"),
+    bug("key after the visible ones", STAGED, "8 * f + e < end ?", "8 * f + e <= end ?"),
+    bug("first visible key is hidden", PACKED, "8 * f + e >= start &&", "8 * f + e > start &&"),
     bug(
         "blocks that end a row's window count as full",
         PACKED,
@@ -347,12 +374,12 @@ pub const MUTANTS: &[Mutant] = &[
         "const int loop_end = visible_keys(group_last, place, sizes).end",
         "const int loop_end = seen_end",
     ),
-    bug("staged rows are not clamped", STAGED, "min(first + row, place.key_len - 1)", "(first + row)"),
+    bug("staged rows are not clamped", STAGED, "rows + min(row, last) * stride", "rows + row * stride"),
     bug(
         "staged rows have the pitch of v",
         STAGED_ALL,
-        "staged_keys[row * KEY_PITCH + i]",
-        "staged_keys[row * VALUE_PITCH + i]",
+        "block[row * PITCH + i % LENGTH]",
+        "block[row * VALUE_PITCH + i % LENGTH]",
     ),
     bug(
         "staged block is short of a row",
@@ -360,25 +387,31 @@ pub const MUTANTS: &[Mutant] = &[
         "staged_keys[KEYS * KEY_PITCH]",
         "staged_keys[(KEYS - 1) * KEY_PITCH]",
     ),
-    bug("last dimension is not staged", STAGED, "i < HEAD_DIM; i += 32", "i < HEAD_DIM - 1; i += 32"),
+    bug(
+        "last dimensions are not staged",
+        STAGED,
+        "stage<HEAD_WHOLE, 2 * HEAD_FRAGMENTS,",
+        "stage<HEAD_WHOLE, 2 * HEAD_FRAGMENTS - 1,",
+    ),
+    bug("staged tail is the next row's", ALIGNED, "last, columns, thread_index)", "last, 2 * columns, thread_index)"),
     bug(
         "a simdgroup's share of rows is not staged",
         STAGED,
-        "row < KEYS; row += SIMDGROUPS",
-        "row < KEYS - 8; row += SIMDGROUPS",
+        "i < KEYS * LENGTH; i += 32 * SIMDGROUPS",
+        "i < (KEYS - 8) * LENGTH; i += 32 * SIMDGROUPS",
     ),
     bug(
         "simdgroups park q in the same place",
         PARKED,
-        "parked_queries + int(simdgroup_index) * (ROWS * HEAD_FRAGMENTS * 8)",
+        "parked_queries + int(simdgroup_index) * (ROW_FRAGMENTS * HEAD_DEALS * 64)",
         "parked_queries",
     ),
     bug("lanes park q in the same place", PARKED_STAGED, "* 64 + lane.index * 2", "* 64 + lane.index"),
     bug(
         "parked q overruns",
         PARKED,
-        "parked_queries[SIMDGROUPS * ROWS * HEAD_FRAGMENTS * 8]",
-        "parked_queries[SIMDGROUPS * ROWS * HEAD_FRAGMENTS * 8 - 32]",
+        "parked_queries[SIMDGROUPS * ROW_FRAGMENTS * HEAD_DEALS * 64]",
+        "parked_queries[SIMDGROUPS * ROW_FRAGMENTS * HEAD_DEALS * 64 - 8]",
     ),
     bug(
         "q from device is of the first row fragment's lane",
@@ -390,10 +423,10 @@ pub const MUTANTS: &[Mutant] = &[
     bug(
         "staged block is taken for device memory",
         STAGED,
-        "typedef threadgroup const scalar* block_pointer",
-        "typedef device const scalar* block_pointer",
+        "typedef threadgroup const scalar4* block_pointer",
+        "typedef device const scalar4* block_pointer",
     ),
-    bug("parked q is taken for device memory", PARKED, "threadgroup scalar* parked =", "device scalar* parked ="),
+    bug("parked q is taken for device memory", PARKED, "threadgroup scalar4* parked =", "device scalar4* parked ="),
     bug(
         "parameters are taken for device memory",
         DIRECT,

@@ -46,7 +46,7 @@ pub enum Order {
     RowMajor,
     /// `[batch, head, row, dim]`, as SDPA has it.
     HeadMajor,
-    /// Row-major inside rows of an odd width, as a slice of packed projections has it.
+    /// Row-major inside wider rows, as a slice of packed projections has it.
     Sliced,
 }
 
@@ -79,6 +79,8 @@ pub struct Case {
     pub sinks: bool,
     pub lse: bool,
     pub order: Order,
+    /// Elements beside those of a tensor in a row of `Sliced`, times 3.
+    pub beside: usize,
     /// Order of the output.
     pub out_order: Order,
     /// Spread of q: large values make the softmax peaked.
@@ -108,6 +110,7 @@ impl Default for Case {
             sinks: false,
             lse: true,
             order: Order::RowMajor,
+            beside: 5,
             out_order: Order::RowMajor,
             spread: 1.0,
             seed: 1,
@@ -144,13 +147,13 @@ fn hole(dtype: Dtype) -> Vec<u8> {
     encode(dtype, f64::NAN).0
 }
 
-fn strides(order: Order, [batch, rows, heads, dim]: [usize; 4]) -> [i64; 4] {
+fn strides(order: Order, beside: usize, [_, rows, heads, dim]: [usize; 4]) -> [i64; 4] {
     let (r, h, d) = (rows as i64, heads as i64, dim as i64);
-    let _ = batch;
+    let sliced = 3 * (h * d + beside as i64);
     match order {
         Order::RowMajor => [r * h * d, h * d, d, 1],
         Order::HeadMajor => [r * h * d, d, r * d, 1],
-        Order::Sliced => [r * 3 * (h * d + 5), 3 * (h * d + 5), d, 1],
+        Order::Sliced => [r * sliced, sliced, d, 1],
     }
 }
 
@@ -173,7 +176,7 @@ fn extent(sizes: [usize; 4], strides: [i64; 4]) -> usize {
 impl Tensor {
     /// `[batch, rows, heads, dim]`, or without the batch when it is packed.
     fn new(case: &Case, sizes: [usize; 4], mut value: impl FnMut() -> f64) -> Self {
-        let strides = strides(case.order, sizes);
+        let strides = strides(case.order, case.beside, sizes);
         let size = case.dtype.size();
         let mut bytes = hole(case.dtype).repeat(extent(sizes, strides));
         let mut exact = Vec::new();
@@ -259,7 +262,7 @@ impl Run {
         };
         let problem = problem.expect("the case is valid");
         let out_sizes = [outer, query_rows, query_heads, case.value_dim];
-        let out_strides = strides(case.out_order, out_sizes);
+        let out_strides = strides(case.out_order, case.beside, out_sizes);
         let batch_stride = if case.packed { 0 } else { out_strides[0] };
         let out = Strides { batch: batch_stride, row: out_strides[1], head: out_strides[2] };
         let outputs = Outputs { out, lse: case.lse.then(|| LseStrides::contiguous(&problem)) };

@@ -13,15 +13,20 @@ pub struct Variant {
     pub name: &'static str,
     pub case: Case,
     pub tile: Option<MetalTile>,
+    /// Whether the kernel reads four elements at once.
+    pub aligned: bool,
 }
 
 impl Variant {
     pub fn kernel(&self, run: &Run) -> Kernel {
         let kernel = match self.tile {
+            Some(tile) if self.aligned => {
+                Kernel::simdgroup(&run.problem, tile, self.case.lse).aligned(&run.problem, [0; 3])
+            }
             Some(tile) => Kernel::simdgroup(&run.problem, tile, self.case.lse),
             None => Kernel::scalar(&run.problem, self.case.lse),
         };
-        assert!(kernel.fits(), "{}", self.name);
+        assert!(kernel.fits() && kernel.features.aligned == self.aligned, "{}", self.name);
         kernel
     }
 
@@ -93,56 +98,94 @@ pub fn simdgroup() -> Vec<Variant> {
     use Dtype::{Bf16, F16, F32};
     let additive = |dtype| Some(BiasKind::Additive(dtype));
     let list = [
-        ("f16 64 direct", dims(F16, 64, 64), tile(4, 2, 32, 64)),
-        ("f16 64 staged causal", Case { window: (-1, 0), ..dims(F16, 64, 64) }, staged(tile(4, 2, 32, 64))),
+        ("f16 64 direct", dims(F16, 64, 64), tile(4, 2, 32, 64), true),
+        ("f16 64 staged causal", Case { window: (-1, 0), ..dims(F16, 64, 64) }, staged(tile(4, 2, 32, 64)), true),
         (
             "bf16 128 packed window",
             Case { window: (RANDOM, RANDOM), packed: true, ..dims(Bf16, 128, 128) },
             tile(4, 1, 16, 128),
+            true,
         ),
         (
             "f32 32/48 softcap alibi",
             Case { softcap: 3.0, alibi: 1, window: (-1, RANDOM), ..dims(F32, 32, 48) },
             tile(2, 1, 32, 48),
+            false,
         ),
-        ("f16 80 bias", Case { bias: additive(F16), ..dims(F16, 80, 80) }, staged(tile(8, 1, 32, 80))),
+        ("f16 80 bias", Case { bias: additive(F16), ..dims(F16, 80, 80) }, staged(tile(8, 1, 32, 80)), true),
         (
             "f16 72 boolean mask",
             Case { bias: Some(BiasKind::Boolean), window: (RANDOM, -1), sinks: true, ..dims(F16, 72, 72) },
             tile(4, 1, 32, 72),
+            false,
         ),
-        ("bf16 20/12 float bias", Case { bias: additive(F32), sinks: true, ..dims(Bf16, 20, 12) }, tile(1, 2, 16, 16)),
+        (
+            "bf16 20/12 float bias",
+            Case { bias: additive(F32), sinks: true, ..dims(Bf16, 20, 12) },
+            tile(1, 2, 16, 16),
+            true,
+        ),
         (
             "f32 61 parked in chunks",
             Case { window: (-1, 0), ..dims(F32, 61, 61) },
             query_in(QueryHome::Threadgroup, tile(4, 1, 8, 32)),
+            false,
         ),
-        ("f16 256 parked", dims(F16, 256, 256), query_in(QueryHome::Threadgroup, tile(4, 1, 16, 256))),
-        ("bf16 256 in chunks", Case { window: (-1, 0), ..dims(Bf16, 256, 256) }, tile(4, 1, 16, 128)),
+        ("f16 256 parked", dims(F16, 256, 256), query_in(QueryHome::Threadgroup, tile(4, 1, 16, 256)), true),
+        ("bf16 256 in chunks", Case { window: (-1, 0), ..dims(Bf16, 256, 256) }, tile(4, 1, 16, 128), false),
         (
             "f16 320 from device",
             Case { window: (RANDOM, 0), packed: true, ..dims(F16, 320, 320) },
             query_in(QueryHome::Device, tile(2, 1, 16, 160)),
+            true,
         ),
-        ("f16 1", Case { window: (RANDOM, RANDOM), ..dims(F16, 1, 1) }, tile(2, 1, 8, 8)),
+        ("f16 1", Case { window: (RANDOM, RANDOM), ..dims(F16, 1, 1) }, tile(2, 1, 8, 8), false),
         (
             "f16 40/24 everything packed",
             Case { packed: true, window: (RANDOM, RANDOM), softcap: 2.0, alibi: 2, sinks: true, ..dims(F16, 40, 24) },
             staged(tile(4, 1, 32, 24)),
+            false,
         ),
         (
             "f32 64 staged parked",
             Case { lse: false, window: (-1, 0), ..dims(F32, 64, 64) },
             staged(query_in(QueryHome::Threadgroup, tile(2, 2, 16, 64))),
+            false,
         ),
         (
             "bf16 96 bias softcap window",
             Case { bias: additive(Bf16), softcap: 4.0, window: (RANDOM, RANDOM), ..dims(Bf16, 96, 96) },
             tile(4, 1, 32, 96),
+            false,
         ),
-        ("f16 8/136 wide block", Case { sinks: true, ..dims(F16, 8, 136) }, tile(4, 1, 64, 72)),
+        ("f16 8/136 wide block", Case { sinks: true, ..dims(F16, 8, 136) }, tile(4, 1, 64, 72), true),
+        (
+            "f16 12/20 staged aligned",
+            Case { window: (RANDOM, RANDOM), packed: true, sinks: true, ..dims(F16, 12, 20) },
+            staged(tile(2, 2, 16, 24)),
+            true,
+        ),
+        (
+            "bf16 44/28 staged parked",
+            Case { bias: Some(BiasKind::Boolean), window: (-1, 0), ..dims(Bf16, 44, 28) },
+            staged(query_in(QueryHome::Threadgroup, tile(2, 1, 16, 32))),
+            true,
+        ),
+        (
+            "f32 36/88 from device aligned",
+            Case { softcap: 3.0, window: (RANDOM, -1), ..dims(F32, 36, 88) },
+            query_in(QueryHome::Device, tile(2, 2, 16, 48)),
+            true,
+        ),
     ];
-    list.into_iter().map(|(name, case, tile)| Variant { name, case, tile: Some(tile) }).collect()
+    list.into_iter()
+        .map(|(name, case, tile, aligned)| Variant {
+            name,
+            case: Case { beside: if aligned { 4 } else { 5 }, ..case },
+            tile: Some(tile),
+            aligned,
+        })
+        .collect()
 }
 
 /// Variants of the scalar kernel.
@@ -160,7 +203,7 @@ pub fn scalar() -> Vec<Variant> {
         ("f16 bfloat bias", Case { bias: additive(Bf16), sinks: true, alibi: 1, ..dims(F16, 32, 200) }),
         ("bf16 float bias", Case { bias: additive(F32), softcap: 5.0, ..dims(Bf16, 300, 8) }),
     ];
-    list.into_iter().map(|(name, case)| Variant { name, case, tile: None }).collect()
+    list.into_iter().map(|(name, case)| Variant { name, case, tile: None, aligned: false }).collect()
 }
 
 pub fn all() -> Vec<Variant> {
