@@ -189,6 +189,23 @@ def test_inputs_are_read_where_they_lie(layout: str) -> None:
     assert not {name for name in operations if "copy" in name or "contiguous" in name}
 
 
+def test_rows_are_read_by_fours_only_where_each_of_them_starts_at_one() -> None:
+    memory = torch.randn(1, 21, 2, 24).half()
+    q, k = memory[..., :16], memory[..., 4:20]
+    values = {0: k, 1: memory[..., 1:17], 2: memory[..., 2:18], 4: k, 8: memory[..., 8:]}
+    aligned = {}
+    for start, v in values.items():
+        with installed() as device:
+            out = flash_attn_func(q, k, v)
+        check(out, q, k, v, "simdgroup")
+        aligned[start] = "#define ALIGNED 1\n" in device.compiled[0]
+    assert aligned == {0: True, 1: False, 2: False, 4: True, 8: True}
+    with installed() as device:
+        rows = torch.randn(1, 21, 2, 17).half()[..., :16]
+        check(flash_attn_func(q, rows, k), q, rows, k, "simdgroup")
+    assert "#define ALIGNED 0\n" in device.compiled[0]
+
+
 def test_only_inputs_with_scattered_rows_are_copied() -> None:
     q, k, v = problem()
     scattered = k.transpose(1, 3).contiguous().transpose(1, 3)
