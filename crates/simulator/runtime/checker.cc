@@ -93,7 +93,8 @@ static void check_write(Context &context, Region &region, Cell &cell, char *addr
   cell.written = now;
 }
 
-static void check_read(Context &context, Region &region, Cell &cell, char *address, Record now, Site site) {
+static void check_read(Context &context, Region &region, Cell &cell, char *address, Record now, Site site,
+                       bool remember) {
   if (!region.buffer && cell.written == 0) {
     char place[80];
     describe_place(region, address, place, sizeof place);
@@ -101,7 +102,7 @@ static void check_read(Context &context, Region &region, Cell &cell, char *addre
   }
   if (races(context, region.buffer ? 1 : 0, cell.written, now))
     report_race(region, address, "read after write by", cell.written, site);
-  if (cell.read == now) return;
+  if (cell.read == now || !remember) return;
   // A thread of the scope reads once more: the scope's read says more.
   bool of_scope = accessor_of(cell.read) == BY_THREADGROUP || thread_of(cell.read) / 32 == thread_of(now) / 32;
   if (is_collective(cell.read) && of_scope && !is_collective(now) &&
@@ -161,7 +162,7 @@ static void count(Context &context, const Region &region, unsigned long bytes, b
 }
 
 static void touch(Context &context, const Simdgroup &simdgroup, char *address, unsigned long bytes, bool write,
-                  Accessor accessor, unsigned thread, Site site) {
+                  Accessor accessor, unsigned thread, Site site, bool remember = true) {
   Region *region = find_region(context, address, write);
   if (!region) {
     if (!write && address >= &__ehdr_start && address < &_end) { // constants of the program
@@ -187,7 +188,7 @@ static void touch(Context &context, const Simdgroup &simdgroup, char *address, u
   for (unsigned long at = offset; at < offset + bytes; at += granule) {
     Cell &cell = region->cells[at >> shift];
     if (write) check_write(context, *region, cell, region->base + at, granule, now, site);
-    else check_read(context, *region, cell, region->base + at, now, site);
+    else check_read(context, *region, cell, region->base + at, now, site, remember);
   }
 }
 
@@ -201,12 +202,13 @@ static void access(char *address, unsigned long bytes, bool write, bool atomic, 
   touch(context, *lane.simdgroup, address, bytes, write, atomic ? BY_ATOMIC : BY_THREAD, lane.thread, {0, pc});
 }
 
-// By an operation of a whole scope.
-static void collective_access(const Scope &scope, char *address, unsigned long bytes, bool write) {
+// By an operation of a whole scope. A read that the same operation's write follows is not remembered: it would seem to
+// race with it.
+static void collective_access(const Scope &scope, char *address, unsigned long bytes, bool write, bool remember) {
   if (bytes == 0) return;
   unsigned thread = (unsigned)(scope.first - scope.context.simdgroups) * 32;
   touch(scope.context, *scope.first, address, bytes, write, scope.simdgroups == 1 ? BY_SIMDGROUP : BY_THREADGROUP, thread,
-        {scope.line, 0});
+        {scope.line, 0}, remember);
 }
 
 static void clear_threadgroup_shadow(Context &context) {

@@ -182,9 +182,9 @@ static bool initialised;
 #if MSL_CHECK_LAYER
 static void check_pending(Context &context);
 static void clear_threadgroup_shadow(Context &context);
-static void collective_access(const Scope &scope, char *address, unsigned long bytes, bool write);
+static void collective_access(const Scope &scope, char *address, unsigned long bytes, bool write, bool remember);
 #else
 static inline void check_pending(Context &) {}
 static inline void clear_threadgroup_shadow(Context &) {}
-static inline void collective_access(const Scope &, char *, unsigned long, bool) {}
+static inline void collective_access(const Scope &, char *, unsigned long, bool, bool) {}
 #endif

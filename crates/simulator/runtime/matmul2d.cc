@@ -56,13 +56,14 @@ struct Tile2d {
 
 static unsigned smaller(long extent, unsigned size) { return extent < (long)size ? (unsigned)extent : size; }
 
-static void read_memory(const Scope &scope, const msl_tensor_operand &operand, const Tile2d &tile, float *to) {
+static void read_memory(const Scope &scope, const msl_tensor_operand &operand, const Tile2d &tile, float *to,
+                        bool overwrites = false) {
   unsigned outer_size = tile.transposed ? tile.columns : tile.rows, inner_size = tile.transposed ? tile.rows : tile.columns;
   unsigned outer_count = smaller(operand.extent[1], outer_size), inner_count = smaller(operand.extent[0], inner_size);
   unsigned long bytes = bytes_of(operand.element_kind);
   for (unsigned outer = 0; outer < outer_size; ++outer) {
     const char *row = (const char *)operand.elements + (long)outer * operand.stride[1] * (long)bytes;
-    if (outer < outer_count) collective_access(scope, (char *)row, inner_count * bytes, false);
+    if (outer < outer_count) collective_access(scope, (char *)row, inner_count * bytes, false, !overwrites);
     for (unsigned inner = 0; inner < inner_size; ++inner) {
       unsigned i = tile.transposed ? inner * tile.columns + outer : outer * tile.columns + inner;
       bool beyond_outer = outer >= outer_count, beyond_inner = inner >= inner_count;
@@ -110,7 +111,7 @@ static void write_memory(const Scope &scope, const msl_tensor_operand &operand, 
   unsigned long bytes = bytes_of(operand.element_kind);
   for (unsigned outer = 0; outer < outer_count; ++outer) {
     char *row = (char *)operand.elements + (long)outer * operand.stride[1] * (long)bytes;
-    collective_access(scope, row, inner_count * bytes, true);
+    collective_access(scope, row, inner_count * bytes, true, true);
     for (unsigned inner = 0; inner < inner_count; ++inner)
       write_element(row, operand.element_kind, inner, from[outer * columns + inner]);
   }
@@ -175,7 +176,7 @@ static void execute_matmul2d(const Scope &scope) {
   bool accumulates = call.accumulate || (!call.destination.layout && context.launch->tensor_destination_accumulates);
   if (!accumulates) memset(c, 0, m * n * sizeof(float));
   else if (call.destination.layout) read_lanes(scope, destination, c_tile, c);
-  else read_memory(scope, call.destination, c_tile, c);
+  else read_memory(scope, call.destination, c_tile, c, true);
   multiply_add(a, b, c, m, n, k);
   if (call.destination.layout) write_lanes(scope, destination, n, c);
   else write_memory(scope, call.destination, m, n, c);

@@ -4,6 +4,7 @@
 
 pub mod bench;
 pub mod far;
+pub mod peer;
 pub mod variants;
 
 use half::{bf16, f16};
