@@ -5,8 +5,8 @@
 
 use std::fmt;
 
-use crate::Tier;
 use crate::plan::TilePattern;
+use crate::{Dtype, Tier};
 
 /// An environment variable: what help and documentation say about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +57,12 @@ const V2_FP32_MIN_SEQ: Variable = Variable {
     default: "2048",
     allowed: "a whole number of at least 0",
     description: "Longest of query and key length from which float32 calls use the tensorops tiers under auto.",
+};
+const TF32: Variable = Variable {
+    name: "MTLFLASHATTN_TF32",
+    default: "off",
+    allowed: "on, off",
+    description: "Whether the tensorops tiers may round float32 inputs to 11 significant bits, for speed.",
 };
 const TORCH_CHUNK: Variable = Variable {
     name: "MTLFLASHATTN_TORCH_CHUNK",
@@ -124,6 +130,7 @@ pub const VARIABLES: &[Variable] = &[
     V2_PREUSE,
     V2_FP32_MIN_SEQ,
     TILE,
+    TF32,
     TRACE,
     SHIM,
     SHIM_DENY,
@@ -160,6 +167,9 @@ pub struct Kernel {
 /// Names whose tier `MTLFLASHATTN_V2_PREUSE` decides.
 const V2_NAMES: [&str; 5] = ["v2", "v2_fp32", "v2_bf16", "v2_dtype", "v2_typed"];
 
+/// Names that also ask for an element type.
+const V2_DTYPES: [(&str, Dtype); 3] = [("v2", Dtype::F16), ("v2_fp32", Dtype::F32), ("v2_bf16", Dtype::Bf16)];
+
 const KERNEL_NAMES: [(&str, Tier); 10] = [
     ("cpu", Tier::Cpu),
     ("torch", Tier::Torch),
@@ -181,6 +191,12 @@ impl Kernel {
     #[must_use]
     pub const fn name(self) -> &'static str {
         self.name
+    }
+
+    /// The element type that the name asks for; `None` when any will do.
+    #[must_use]
+    pub fn dtype(self) -> Option<Dtype> {
+        V2_DTYPES.into_iter().find_map(|(name, dtype)| (name == self.name).then_some(dtype))
     }
 
     /// The forced tier; `None` when the planner chooses.
@@ -299,6 +315,8 @@ pub struct Settings {
     pub v2_fp32_min_seq: usize,
     /// Fields that the tile of a Metal kernel must have.
     pub tile: Option<TilePattern>,
+    /// Whether the tensorops tiers may round float32 inputs.
+    pub tf32: bool,
     /// Whether calls are counted and reported at exit.
     pub trace: bool,
     /// Whether `import flash_attn` finds this package.
@@ -326,6 +344,7 @@ impl Settings {
         v2_preuse: Switch::Auto,
         v2_fp32_min_seq: 2048,
         tile: None,
+        tf32: false,
         trace: false,
         shim: Switch::Auto,
         shim_deny: Vec::new(),
@@ -352,6 +371,7 @@ impl Settings {
             v2_preuse,
             v2_fp32_min_seq: reader.read(V2_FP32_MIN_SEQ, at_least(0)).unwrap_or(default.v2_fp32_min_seq),
             tile: reader.read(TILE, TilePattern::parse),
+            tf32: reader.read(TF32, parse_bool).unwrap_or(default.tf32),
             trace: reader.read(TRACE, parse_bool).unwrap_or(default.trace),
             shim: reader.read(SHIM, Switch::parse).unwrap_or(default.shim),
             shim_deny: reader.read_as_written(SHIM_DENY, parse_packages).unwrap_or(default.shim_deny),
@@ -526,6 +546,7 @@ mod tests {
             (V2_PREUSE.name, "True"),
             (V2_FP32_MIN_SEQ.name, "0"),
             (TILE.name, "Keys=032, staged = yes,query=Device"),
+            (TF32.name, "on"),
             (TRACE.name, "Yes"),
             (SHIM.name, "ON"),
             (SHIM_DENY.name, " xformers, Diffusers.models ,,"),
@@ -543,6 +564,7 @@ mod tests {
             v2_preuse: Switch::On,
             v2_fp32_min_seq: 0,
             tile: TilePattern::parse("keys=32,staged=on,query=device"),
+            tf32: true,
             trace: true,
             shim: Switch::On,
             shim_deny: vec!["xformers".into(), "Diffusers.models".into()],
@@ -573,6 +595,7 @@ mod tests {
             (V2_PREUSE, &["2", "maybe"]),
             (V2_FP32_MIN_SEQ, &["-1", "long"]),
             (TILE, &["32", "keys", "keys=", "keys=0", "keys=8,keys=8", "staged=3", "query=l2", "cores=1", "keys=8,"]),
+            (TF32, &["auto", "tf32"]),
             (TRACE, &["auto", "verbose"]),
             (SHIM, &["force"]),
             (SHIM_DENY, &["1st", "a..b", "a-b", "a,b;c"]),

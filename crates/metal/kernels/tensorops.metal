@@ -34,10 +34,10 @@ constant constexpr int PADDING = 16 / int(sizeof(scalar));
 constant constexpr int HEAD_PITCH = HEAD_WIDTH + PADDING;
 constant constexpr int VALUE_PITCH = VALUE_CHUNK + PADDING;
 // The type of P as an operand.
-#if WEIGHTS_FLOAT
-typedef float weight;
-#else
+#if WEIGHTS_IN_THREADGROUP
 typedef scalar weight;
+#else
+typedef float weight;
 #endif
 
 typedef tensor<threadgroup scalar, dextents<int, 2>, tensor_inline> ThreadgroupTile;
@@ -231,6 +231,20 @@ void finish_scores(thread Scores& scores, thread const Task& task, Block block) 
     }
 }
 
+// Under relaxed precision a float operand loses the bits behind the eleventh, which may be cut off: rounded to half before,
+// it has no others, and outputs are not biased. They were summed unrounded. A bfloat result does not show the difference.
+template <typename Scores>
+void round_weights(thread Scores& weights) {
+    if constexpr (is_same_v<scalar, half>) {
+        UNROLL
+        for (ushort i = 0; i < weights.get_capacity(); ++i) {
+            if (weights.is_valid_element(i)) {
+                weights[i] = float(half(weights[i]));
+            }
+        }
+    }
+}
+
 // The two products in steps of some columns. FILLED: K and V are loaded element by element.
 template <int HEAD_COLUMNS, int VALUE_COLUMNS, bool FILLED>
 struct Products {
@@ -320,7 +334,9 @@ struct Products {
 // Attention of the rows of a simdgroup. Query: the left operands that hold Q, none unless QUERY_IN_REGISTERS.
 template <typename Op, typename... Query>
 struct Attention {
-    typedef conditional_t<Op::IS_FILLED || sizeof...(Query) != 0, typename Op::Query, ThreadgroupTile> Left;
+    // Whether left operands are loaded element by element; otherwise matmul2d reads Q from threadgroup memory.
+    static constexpr constant bool LOADED = Op::IS_FILLED || !QUERY_IN_THREADGROUP;
+    typedef conditional_t<LOADED, typename Op::Query, ThreadgroupTile> Left;
     typedef typename Op::Score::template cooperative_tensor_destination_t<Left, typename Op::Keys, float> Scores;
     typedef typename Op::Score::template cooperative_tensor_row_reduction_destination_t<Left, typename Op::Keys, float>
         Rows;
@@ -334,7 +350,7 @@ struct Attention {
         } else {
             UNROLL
             for (int step = 0; step < Op::HEAD_STEPS; ++step) {
-                if constexpr (Op::IS_FILLED) {
+                if constexpr (LOADED) {
                     Left query_columns;
                     Op::load_query(query_columns, step, task);
                     Op::add_scores(query_columns, step, first, task, scores);
@@ -395,7 +411,6 @@ struct Attention {
     // O += P V.
     template <typename... Out>
     static void multiply_values(int first, thread const Task& task, thread Scores& scores, thread Out&... out) {
-        int step = 0;
 #if WEIGHTS_IN_THREADGROUP
         simdgroup_barrier(mem_flags::mem_threadgroup);  // the weights of the block before have been read
         UNROLL
@@ -408,9 +423,11 @@ struct Attention {
         simdgroup_barrier(mem_flags::mem_threadgroup);  // these have been written
         ThreadgroupTile weights(task.parked_weights, dextents<int, 2>(KEYS, ROWS), array<int, 2>{1, KEYS});
 #else
+        round_weights(scores);
         typename Op::Value product;
         auto weights = product.template get_left_input_cooperative_tensor<weight, scalar, float>(scores);
 #endif
+        int step = 0;
         (Op::add_values(weights, step++, first, task, out), ...);
     }
 

@@ -130,6 +130,14 @@ pub enum LaunchError {
         /// Its length.
         len: usize,
     },
+    /// A sequence is shorter than a block that `matmul2d` reads from memory.
+    #[error("{key_len} keys; this kernel reads blocks of {keys}")]
+    Keys {
+        /// Length of the sequence.
+        key_len: usize,
+        /// Keys of a block.
+        keys: usize,
+    },
     /// There are more threadgroups along an axis than a grid holds.
     #[error("{count} threadgroups along one axis of the grid")]
     Grid {
@@ -150,6 +158,10 @@ impl Launch {
             if len > MAX_LEN {
                 return Err(LaunchError::Length { len });
             }
+        }
+        let keys = kernel.tile.keys;
+        if kernel.reads_whole_blocks() && matches!(lengths, Lengths::Dense { .. }) && (1..keys).contains(&key_len) {
+            return Err(LaunchError::Keys { key_len, keys });
         }
         let chunks = problem.value_dim.div_ceil(kernel.tile.value_chunk);
         let count = |count: usize| u32::try_from(count).map_err(|_| LaunchError::Grid { count });

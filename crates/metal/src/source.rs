@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use mtlflashattn_core::plan::occupancy::THREADGROUP_MEMORY;
-use mtlflashattn_core::plan::{FRAGMENT, MetalTile, QueryHome};
+use mtlflashattn_core::plan::{FRAGMENT, Matmul, MetalTile, Operands, QueryHome, Weights};
 use mtlflashattn_core::reference::bounds::Arithmetic;
 use mtlflashattn_core::{BiasKind, Dtype, Lengths, Problem, Tier};
 
@@ -66,7 +66,7 @@ impl Features {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Kernel {
-    /// [`Tier::Scalar`] or [`Tier::Simdgroup`].
+    /// A Metal tier.
     pub tier: Tier,
     /// Element type of q, k, v and the output.
     pub dtype: Dtype,
@@ -76,6 +76,8 @@ pub struct Kernel {
     pub value_dim: Option<usize>,
     /// Rows, keys and columns of a threadgroup.
     pub tile: MetalTile,
+    /// How the products are made; present iff the tier is one of the tensorops tiers.
+    pub matmul: Option<Matmul>,
     /// Code that is compiled in.
     pub features: Features,
 }
@@ -85,7 +87,15 @@ impl Kernel {
     #[must_use]
     pub const fn scalar(problem: &Problem, lse: bool) -> Self {
         let features = Features::of(problem, lse);
-        Self { tier: Tier::Scalar, dtype: problem.dtype, head_dim: None, value_dim: None, tile: SCALAR_TILE, features }
+        Self {
+            tier: Tier::Scalar,
+            dtype: problem.dtype,
+            head_dim: None,
+            value_dim: None,
+            tile: SCALAR_TILE,
+            matmul: None,
+            features,
+        }
     }
 
     /// The simdgroup kernel for `problem` with a tile that [`fits`](Self::fits).
@@ -97,6 +107,7 @@ impl Kernel {
             head_dim: Some(problem.head_dim),
             value_dim: Some(problem.value_dim),
             tile,
+            matmul: None,
             features: Features::of(problem, lse),
         }
     }
@@ -114,11 +125,19 @@ impl Kernel {
         self
     }
 
+    /// The tensorops kernel for `problem` with a tile and products that [`fit`](Self::fits).
+    #[must_use]
+    pub const fn tensorops(problem: &Problem, tile: MetalTile, matmul: Matmul, lse: bool) -> Self {
+        let tier = if tile.staged { Tier::TensoropsStaged } else { Tier::Tensorops };
+        Self { tier, matmul: Some(matmul), ..Self::simdgroup(problem, tile, lse) }
+    }
+
     /// Name of the entry point in [`source`](Self::source).
     #[must_use]
     pub const fn entry(&self) -> &'static str {
         match self.tier {
             Tier::Simdgroup => "attention_simdgroup",
+            Tier::Tensorops | Tier::TensoropsStaged => "attention_tensorops",
             _ => "attention_scalar",
         }
     }
@@ -127,11 +146,18 @@ impl Kernel {
     #[must_use]
     pub fn source(&self) -> String {
         // Before the definitions, which could otherwise change its meaning.
-        let mut text = String::from("#include <metal_stdlib>\nusing namespace metal;\n\n");
+        let mut text = String::from("#include <metal_stdlib>\n");
+        if self.matmul.is_some() {
+            text.push_str("#include <metal_tensor>\n");
+            text.push_str("#include <MetalPerformancePrimitives/MetalPerformancePrimitives.h>\n");
+            text.push_str("using namespace mpp::tensor_ops;\n");
+        }
+        text.push_str("using namespace metal;\n\n");
         text.push_str(&self.defines());
         text.push_str(include_str!("../kernels/common.metal"));
         text.push_str(match self.tier {
             Tier::Simdgroup => include_str!("../kernels/simdgroup.metal"),
+            Tier::Tensorops | Tier::TensoropsStaged => include_str!("../kernels/tensorops.metal"),
             _ => include_str!("../kernels/scalar.metal"),
         });
         text
@@ -173,6 +199,14 @@ impl Kernel {
             define("QUERY_IN_THREADGROUP", usize::from(self.tile.query == QueryHome::Threadgroup));
             define("QUERY_IN_DEVICE", usize::from(self.tile.query == QueryHome::Device));
         }
+        if let Some(Matmul { head_step, value_step, operands, weights, relaxed, keep_step }) = self.matmul {
+            define("HEAD_STEP", head_step);
+            define("VALUE_STEP", value_step);
+            define("OPERANDS_IN_REGISTERS", usize::from(operands == Operands::Registers));
+            define("WEIGHTS_IN_THREADGROUP", usize::from(weights == Weights::Threadgroup));
+            define("RELAXED", usize::from(relaxed));
+            define("KEEP_STEP", usize::from(keep_step));
+        }
         let scalar = match self.dtype {
             Dtype::F32 => "float",
             Dtype::F16 => "half",
@@ -186,7 +220,7 @@ impl Kernel {
     #[must_use]
     pub const fn rows(&self) -> usize {
         match self.tier {
-            Tier::Simdgroup => self.tile.rows(),
+            Tier::Simdgroup | Tier::Tensorops | Tier::TensoropsStaged => self.tile.rows(),
             _ => self.tile.threads(),
         }
     }
@@ -196,16 +230,26 @@ impl Kernel {
     pub const fn arithmetic(&self) -> Arithmetic {
         match self.tier {
             Tier::Simdgroup => Arithmetic::metal(self.dtype),
+            Tier::Tensorops | Tier::TensoropsStaged => {
+                Arithmetic::matmul2d(self.dtype, matches!(self.matmul, Some(Matmul { relaxed: true, .. })))
+            }
             _ => Arithmetic::metal(Dtype::F32),
         }
+    }
+
+    /// Whether `matmul2d` reads blocks of keys from device memory: sequences of a dense problem must have as many.
+    #[must_use]
+    pub const fn reads_whole_blocks(&self) -> bool {
+        matches!(self.matmul, Some(Matmul { operands: Operands::Memory, .. })) && !self.tile.staged
     }
 
     /// Static threadgroup memory in bytes.
     #[must_use]
     pub const fn threadgroup_bytes(&self) -> usize {
-        match self.head_dim {
-            Some(head_dim) => self.tile.threadgroup_bytes(self.dtype, head_dim),
-            None => 0,
+        match (self.matmul, self.head_dim) {
+            (Some(matmul), Some(head_dim)) => matmul.threadgroup_bytes(&self.tile, self.dtype, head_dim),
+            (None, Some(head_dim)) => self.tile.threadgroup_bytes(self.dtype, head_dim),
+            (_, None) => 0,
         }
     }
 
@@ -213,6 +257,9 @@ impl Kernel {
     /// within every Apple GPU's limits.
     #[must_use]
     pub fn fits(&self) -> bool {
+        if let (Some(matmul), Some(head_dim), Some(value_dim)) = (self.matmul, self.head_dim, self.value_dim) {
+            return matmul.fits(&self.tile, self.dtype, head_dim, value_dim);
+        }
         let MetalTile { simdgroups, row_fragments, keys, value_chunk, .. } = self.tile;
         (1..=32).contains(&simdgroups)
             && row_fragments >= 1

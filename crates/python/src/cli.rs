@@ -368,7 +368,8 @@ pub fn _plan_elsewhere(py: Python<'_>, question: Question) -> PyResult<PlanAnswe
         // Tensors with memory of their own start where a page or a line of the cache does.
         let kernel = kernel_of(&plan, &problem, question.lse).map(|kernel| kernel.aligned(&problem, [0; 3]));
         let passed_over = planner.passed_over(&problem, &plan);
-        let why = plan.metal.and_then(|tile| explain(&problem, &gpu, &tile));
+        // The model of registers is that of the simdgroup kernel.
+        let why = plan.metal.filter(|_| plan.matmul.is_none()).and_then(|tile| explain(&problem, &gpu, &tile));
         Ok(PlanAnswer {
             gpu: GpuAnswer::new(&gpu),
             tier: plan.tier.name(),

@@ -153,9 +153,12 @@ impl From<Error> for Fault {
 
 /// The kernel of `plan` for tensors that lie anywhere; `None` when its tier is none of Metal's.
 pub fn kernel_of(plan: &Plan, problem: &Problem, want_lse: bool) -> Option<Kernel> {
-    match (plan.tier, plan.metal) {
-        (Tier::Scalar, _) => Some(Kernel::scalar(problem, want_lse)),
-        (Tier::Simdgroup, Some(tile)) => Some(Kernel::simdgroup(problem, tile, want_lse)),
+    match (plan.tier, plan.metal, plan.matmul) {
+        (Tier::Scalar, ..) => Some(Kernel::scalar(problem, want_lse)),
+        (Tier::Simdgroup, Some(tile), _) => Some(Kernel::simdgroup(problem, tile, want_lse)),
+        (Tier::Tensorops | Tier::TensoropsStaged, Some(tile), Some(matmul)) => {
+            Some(Kernel::tensorops(problem, tile, matmul, want_lse))
+        }
         _ => None,
     }
 }

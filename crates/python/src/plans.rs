@@ -3,20 +3,22 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
-use mtlflashattn_core::plan::Gpu;
+use mtlflashattn_core::plan::{Gpu, has_plain_rows};
 use mtlflashattn_core::{BiasKind, Device, Dtype, Lengths, Mask, Plan, Planner, Problem, Result, Settings};
 
 /// Most plans that are kept; lengths that never come again must not fill the memory.
 const CAPACITY: usize = 1024;
 
-/// Everything that a planner may look at: all of a problem but strides and factors.
+/// Everything that a planner may look at: all of a problem but factors, and of strides only what `has_plain_rows` says.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[allow(clippy::struct_excessive_bools, reason = "features are on or off")]
 struct Key {
     gpu: Gpu,
     dtype: Dtype,
     lengths: Lengths,
     heads: [usize; 2],
     dims: [usize; 2],
+    plain_rows: bool,
     mask: Mask,
     bias: Option<BiasKind>,
     softcap: bool,
@@ -33,6 +35,7 @@ impl Key {
             lengths,
             heads: [query_heads, key_heads],
             dims: [head_dim, value_dim],
+            plain_rows: has_plain_rows(problem),
             mask,
             bias: problem.bias.map(|bias| bias.kind),
             softcap: softcap > 0.0,

@@ -2,6 +2,7 @@
 
 mod cpu;
 mod gpu;
+mod matmul;
 mod metal;
 pub mod occupancy;
 mod reason;
@@ -16,6 +17,7 @@ use crate::{Error, Problem, Result, Settings, Tier, settings};
 
 pub use cpu::{CpuPath, CpuTile};
 pub use gpu::{Chip, Gpu, Missing, Size, Version};
+pub use matmul::{MATRIX, Matmul, Operands, Weights, has_plain_rows};
 pub use metal::{Explanation, MAX_LEN, candidates, explain};
 pub use reason::{Demotions, Reason};
 pub use tile::{FRAGMENT, MetalTile, QueryHome, Refusal, Traffic};
@@ -46,8 +48,18 @@ pub struct Plan {
     pub tier: Tier,
     /// Its tile when it is [`Tier::Cpu`].
     pub cpu: Option<CpuTile>,
-    /// Its tile when it is [`Tier::Simdgroup`].
+    /// Its tile when it is [`Tier::Simdgroup`] or one of the tensorops tiers.
     pub metal: Option<MetalTile>,
+    /// How its products are made when it is one of the tensorops tiers.
+    pub matmul: Option<Matmul>,
+}
+
+impl Plan {
+    /// The plan of a tier that has no tile.
+    #[must_use]
+    pub const fn of(tier: Tier) -> Self {
+        Self { tier, cpu: None, metal: None, matmul: None }
+    }
 }
 
 /// Makes plans for one device.
@@ -100,7 +112,7 @@ impl<'a> Planner<'a> {
             }
         }
         match no_such_tile {
-            None => Ok(Plan { tier: Tier::Torch, cpu: None, metal: None }),
+            None => Ok(Plan::of(Tier::Torch)),
             Some((wanted, offered)) => Err(Error::Unsupported {
                 argument: "MTLFLASHATTN_TILE",
                 got: format!("{wanted} for this call"),
@@ -126,7 +138,7 @@ impl<'a> Planner<'a> {
     /// # Errors
     /// [`Reason`] when the tier cannot serve it.
     pub fn serve(&self, problem: &Problem, tier: Tier) -> std::result::Result<Plan, Reason> {
-        let plan = Plan { tier, cpu: None, metal: None };
+        let plan = Plan::of(tier);
         match (tier, self.device) {
             (Tier::Torch, _) => Ok(plan),
             (Tier::Cpu, Device::Cpu { panel_rows, decode_rows, threads }) => {
@@ -155,7 +167,12 @@ impl<'a> Planner<'a> {
         }
         match plan.tier {
             Tier::Tensorops | Tier::TensoropsStaged => {
-                Err(gpu.lacks_for_tensorops().map_or(Reason::NotBuilt(gpu), Reason::Lacks))
+                let forced = self.settings.kernel.tier() == Some(plan.tier);
+                if let Some(reason) = matmul::refuses(problem, &gpu, plan.tier, self.settings, forced) {
+                    return Err(reason);
+                }
+                let (tile, matmul) = matmul::choose(problem, plan.tier, self.settings)?;
+                Ok(Plan { metal: Some(tile), matmul: Some(matmul), ..plan })
             }
             Tier::Simdgroup => {
                 let tile = self.choose_tile(problem, plan.tier, &gpu)?.tile;

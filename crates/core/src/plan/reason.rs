@@ -2,8 +2,9 @@
 
 use std::fmt;
 
-use super::gpu::{Gpu, Missing};
+use super::gpu::Missing;
 use super::metal::MAX_LEN;
+use super::occupancy::THREADGROUP_MEMORY;
 use super::tile::Refusal;
 use crate::{Dtype, Tier};
 
@@ -18,8 +19,33 @@ pub enum Reason {
     Simulated,
     /// The machine lacks something.
     Lacks(Missing),
-    /// The machine could run the tier, but its kernels are not part of this version.
-    NotBuilt(Gpu),
+    /// `MTLFLASHATTN_KERNEL` names a kernel of another element type.
+    NeedsDtype {
+        /// Its element type.
+        needs: Dtype,
+        /// That of the call.
+        found: Dtype,
+    },
+    /// A float32 call that is shorter than `MTLFLASHATTN_V2_FP32_MIN_SEQ`.
+    Short {
+        /// Longest of its query and key length.
+        longest: usize,
+        /// The value of the variable.
+        least: usize,
+    },
+    /// `MTLFLASHATTN_V2_PREUSE` is off.
+    WithoutPreuse,
+    /// No block of K and V fits in threadgroup memory.
+    NoMatmulTile {
+        /// Columns of Q and K.
+        head_dim: usize,
+        /// Columns of V and O.
+        value_dim: usize,
+        /// Element type.
+        dtype: Dtype,
+        /// Bytes of threadgroup memory of the smallest tile.
+        bytes: usize,
+    },
     /// No tile of the kernel fits the GPU.
     NoTile {
         /// Columns of Q and K.
@@ -69,8 +95,18 @@ impl fmt::Display for Reason {
             Self::NeedsCpu => f.write_str("needs CPU tensors"),
             Self::Simulated => f.write_str("MTLFLASHATTN_DEVICE sends CPU tensors to the simulator"),
             Self::Lacks(missing) => missing.fmt(f),
-            Self::NotBuilt(gpu) => {
-                write!(f, "this machine could ({gpu}), but this version contains no matmul2d kernels")
+            Self::NeedsDtype { needs, found } => write!(f, "needs {needs} tensors; these are {found}"),
+            Self::Short { longest, least } => {
+                write!(f, "{longest} rows, and MTLFLASHATTN_V2_FP32_MIN_SEQ keeps it for float32 calls from {least} on")
+            }
+            Self::WithoutPreuse => f.write_str("MTLFLASHATTN_V2_PREUSE is off"),
+            Self::NoMatmulTile { head_dim, value_dim, dtype, bytes } => {
+                let dims = if head_dim == value_dim { String::new() } else { format!("/{value_dim}") };
+                write!(
+                    f,
+                    "the smallest tile for head_dim {head_dim}{dims} in {dtype} needs {bytes} bytes of threadgroup \
+                     memory of {THREADGROUP_MEMORY}"
+                )
             }
             Self::NoTile { head_dim, value_dim, dtype, refusal } => {
                 let dims = if head_dim == value_dim { String::new() } else { format!("/{value_dim}") };

@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::cpu::{MAX_PANELS, MIN_SPLIT_KEYS, TARGET_TASKS};
 use super::*;
-use crate::{Dtype, Options, TensorMeta};
+use crate::{Dtype, Options, Strides, TensorMeta};
 
 const CPU: Device = Device::Cpu { panel_rows: 24, decode_rows: 8, threads: 2 };
 
@@ -38,7 +38,7 @@ fn auto_takes_the_engine_for_cpu_tensors_and_torch_elsewhere() {
     let auto = Settings::DEFAULT;
     let planner = planner(CPU, &auto);
     let plan = planner.plan(&prefill()).unwrap();
-    assert_eq!(plan, Plan { tier: Tier::Cpu, cpu: Some(CpuTile::new(&prefill(), 24, 8, 2)), metal: None });
+    assert_eq!(plan, Plan { cpu: Some(CpuTile::new(&prefill(), 24, 8, 2)), ..Plan::of(Tier::Cpu) });
     assert_eq!(
         planner.passed_over(&prefill(), &plan),
         [
@@ -51,7 +51,7 @@ fn auto_takes_the_engine_for_cpu_tensors_and_torch_elsewhere() {
     );
     let planner = Planner { device: Device::Torch, ..planner };
     let plan = planner.plan(&prefill()).unwrap();
-    assert_eq!(plan, Plan { tier: Tier::Torch, cpu: None, metal: None });
+    assert_eq!(plan, Plan::of(Tier::Torch));
     assert_eq!(planner.passed_over(&prefill(), &plan)[3], (Tier::Cpu, Reason::NeedsCpu));
 }
 
@@ -60,7 +60,7 @@ fn a_forced_tier_serves_or_the_error_says_why_not() {
     let settings = forced("pytorch");
     let planner_of_torch = planner(CPU, &settings);
     let plan = planner_of_torch.plan(&prefill()).unwrap();
-    assert_eq!(plan, Plan { tier: Tier::Torch, cpu: None, metal: None });
+    assert_eq!(plan, Plan::of(Tier::Torch));
     assert!(planner_of_torch.passed_over(&prefill(), &plan).contains(&(Tier::Cpu, Reason::NotForced("pytorch"))));
     let m1 = Device::Metal(M1);
     for (kernel, device, tier_and_reason) in [
@@ -265,12 +265,149 @@ fn auto_on_metal_is_simdgroup_and_says_why_not_better() {
             text(Tier::Scalar, "simdgroup comes before it and serves this call"),
         ]
     );
-    let m5 = Gpu { chip: Chip::from_name("m5-max"), cores: 40, macos: Version::new(26, 2), ..M1 };
+}
+
+const M5: Gpu = Gpu { chip: Chip::M { generation: 5, size: Size::Max }, cores: 40, macos: Version::new(26, 2), ..M1 };
+
+fn half(dim: i64, lengths: [i64; 2]) -> Problem {
+    Problem { dtype: Dtype::F16, ..contiguous(dim, lengths) }
+}
+
+/// A problem with the strides of contiguous tensors.
+fn contiguous(dim: i64, [query_len, key_len]: [i64; 2]) -> Problem {
+    let strides = Strides { batch: key_len * 8 * dim, row: 8 * dim, head: dim };
+    Problem { k: strides, v: strides, ..problem([2, query_len, 8, dim], [key_len, 8], false) }
+}
+
+fn tensorops_tile(problem: &Problem, tier: Tier, settings: &Settings) -> (MetalTile, Matmul) {
+    let plan = planner(Device::Metal(M5), settings).serve(problem, tier).unwrap();
+    assert_eq!(plan.tier, tier);
+    (plan.metal.unwrap(), plan.matmul.unwrap())
+}
+
+#[test]
+fn an_m5_takes_tensorops_and_reads_keys_where_they_lie() {
+    let (plan, reasons) = auto_on(M5, &half(64, [1024, 1024]), Demotions::NONE);
+    assert_eq!(plan.tier, Tier::Tensorops);
+    assert_eq!(reasons[0].1, "tensorops comes before it and serves this call");
+    for (dim, chunk, simdgroups) in [(64, 64, 4), (80, 80, 4), (96, 96, 4), (128, 128, 4), (192, 96, 4), (256, 128, 2)]
+    {
+        let (tile, matmul) = tensorops_tile(&half(dim, [1024, 1024]), Tier::Tensorops, &Settings::DEFAULT);
+        let query = QueryHome::Threadgroup;
+        let expected = MetalTile { simdgroups, row_fragments: 2, keys: 32, staged: false, value_chunk: chunk, query };
+        assert_eq!(tile, expected, "D{dim}");
+        let expected = Matmul {
+            head_step: dim as usize,
+            value_step: chunk,
+            operands: Operands::Memory,
+            weights: Weights::Registers,
+            relaxed: true,
+            keep_step: true,
+        };
+        assert_eq!(matmul, expected, "D{dim}");
+    }
+}
+
+#[test]
+fn what_matmul2d_cannot_read_is_loaded_by_lanes() {
+    let auto = Settings::DEFAULT;
+    let plain = half(64, [64, 64]);
+    let odd = Strides { row: 8 * 64 + 1, ..plain.k };
+    let far = Strides { row: 1 << 32, ..plain.k };
+    let repeated = Strides { row: 0, ..plain.k };
+    for problem in [
+        half(72, [64, 64]),
+        half(20, [64, 64]),
+        half(64, [64, 31]),
+        Problem { k: odd, ..plain },
+        Problem { v: far, ..plain },
+        Problem { v: repeated, ..plain },
+    ] {
+        let (tile, matmul) = tensorops_tile(&problem, Tier::Tensorops, &auto);
+        assert_eq!((matmul.operands, matmul.head_step), (Operands::Registers, 16));
+        assert_eq!((tile.query, tile.staged), (QueryHome::Registers, false));
+        // Staged blocks are filled up.
+        assert_eq!(tensorops_tile(&problem, Tier::TensoropsStaged, &auto).1.operands, Operands::Memory);
+    }
+    assert_eq!(tensorops_tile(&half(64, [64, 32]), Tier::Tensorops, &auto).1.operands, Operands::Memory);
+}
+
+#[test]
+fn the_variables_of_v2_keep_their_meaning() {
+    let set = |pairs: &'static [(&str, &str)]| {
+        Settings::parse(|name| pairs.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned())).0
+    };
+    let auto = |settings: &Settings, problem: &Problem| {
+        let planner = planner(Device::Metal(M5), settings);
+        let plan = planner.plan(problem).unwrap();
+        let reasons = planner.passed_over(problem, &plan);
+        (plan.tier, reasons.into_iter().map(|(_, reason)| reason.to_string()).next().unwrap())
+    };
+    // float32 from 2048 rows on, of queries or keys.
+    let default = Settings::DEFAULT;
+    let (tier, reason) = auto(&default, &contiguous(64, [2047, 2047]));
+    assert_eq!(tier, Tier::Simdgroup);
+    assert_eq!(reason, "2047 rows, and MTLFLASHATTN_V2_FP32_MIN_SEQ keeps it for float32 calls from 2048 on");
+    assert_eq!(auto(&default, &contiguous(64, [16, 2048])).0, Tier::Tensorops);
+    assert_eq!(auto(&default, &contiguous(64, [2048, 16])).0, Tier::Tensorops);
+    assert_eq!(auto(&default, &half(64, [16, 16])).0, Tier::Tensorops);
+    let always = set(&[("MTLFLASHATTN_V2_FP32_MIN_SEQ", "0")]);
+    assert_eq!(auto(&always, &contiguous(64, [16, 16])).0, Tier::Tensorops);
+    // Without P in registers.
+    let without = set(&[("MTLFLASHATTN_V2_PREUSE", "0")]);
+    let (tier, reason) = auto(&without, &half(64, [64, 64]));
+    assert_eq!((tier, reason.as_str()), (Tier::TensoropsStaged, "MTLFLASHATTN_V2_PREUSE is off"));
+    let weights = |settings: &Settings| tensorops_tile(&half(64, [64, 64]), Tier::TensoropsStaged, settings).1.weights;
+    assert_eq!([weights(&without), weights(&default)], [Weights::Threadgroup, Weights::Registers]);
+    // Full precision for float32 unless TF32 is allowed.
+    let relaxed = |settings: &Settings, problem: &Problem| tensorops_tile(problem, Tier::Tensorops, settings).1.relaxed;
+    let tf32 = set(&[("MTLFLASHATTN_TF32", "1")]);
+    let long = contiguous(64, [2048, 2048]);
     assert_eq!(
-        auto_on(m5, &prefill(), Demotions::NONE).1[0].1,
-        "this machine could (Apple M5 Max, 40 cores, macOS 26.2, torch 2.15), but this version contains no matmul2d \
-         kernels"
+        [relaxed(&default, &long), relaxed(&tf32, &long), relaxed(&default, &half(64, [64, 64]))],
+        [false, true, true]
     );
+}
+
+#[test]
+fn forced_names_say_what_they_need() {
+    let forced_on = |gpu: Gpu, kernel: &str, problem: &Problem| {
+        let settings = forced(kernel);
+        planner(Device::Metal(gpu), &settings).plan(problem).map(|plan| plan.tier)
+    };
+    let (single, half) = (contiguous(64, [64, 64]), half(64, [64, 64]));
+    let bfloat = Problem { dtype: Dtype::Bf16, ..half };
+    for (kernel, problem) in
+        [("v2", &half), ("v2_fp32", &single), ("v2_bf16", &bfloat), ("v2_dtype", &single), ("v2_typed", &bfloat)]
+    {
+        assert_eq!(forced_on(M5, kernel, problem), Ok(Tier::Tensorops), "{kernel}");
+    }
+    for (kernel, problem, reason) in [
+        ("v2", &single, "v2 for this call (tensorops: needs float16 tensors; these are float32) is not supported"),
+        ("v2_fp32", &half, "tensorops: needs float32 tensors; these are float16"),
+        ("v2_bf16", &half, "tensorops: needs bfloat16 tensors; these are float16"),
+    ] {
+        let error = forced_on(M5, kernel, problem).unwrap_err().to_string();
+        assert!(error.contains(reason), "{error}");
+    }
+    let old = Gpu { macos: Version::new(26, 1), ..M5 };
+    let error = forced_on(old, "v2_dtype", &half).unwrap_err().to_string();
+    assert!(error.contains("needs macOS >= 26.2; this is macOS 26.1"), "{error}");
+    let wide = Problem { head_dim: 4096, ..half };
+    let error = forced_on(M5, "tensorops-staged", &wide).unwrap_err().to_string();
+    assert!(error.contains("the smallest tile for head_dim 4096/64 in float16 needs "), "{error}");
+    assert!(error.contains(" bytes of threadgroup memory of 32768"), "{error}");
+    assert_eq!(forced_on(M5, "tensorops", &wide), Ok(Tier::Tensorops));
+}
+
+#[test]
+fn the_simulator_stands_for_a_gpu_with_matmul2d_where_that_is_forced() {
+    let simulator = |kernel: &str| Settings { device: settings::Device::Simulator, ..forced(kernel) };
+    let plan = |settings: &Settings| planner(Device::Metal(Gpu::SIMULATED), settings).plan(&half(64, [64, 64]));
+    assert_eq!(plan(&simulator("tensorops")).unwrap().tier, Tier::Tensorops);
+    assert_eq!(plan(&simulator("tensorops-staged")).unwrap().tier, Tier::TensoropsStaged);
+    assert_eq!(plan(&simulator("auto")).unwrap().tier, Tier::Simdgroup);
+    assert!(plan(&forced("tensorops")).is_err());
 }
 
 #[test]
@@ -280,7 +417,7 @@ fn a_demoted_tier_makes_room_for_the_next() {
     assert!(!demotions.demote(Tier::Simdgroup, "again"));
     assert!(!demotions.demote(Tier::Torch, "never"));
     let (plan, reasons) = auto_on(M1, &prefill(), &demotions);
-    assert_eq!(plan, Plan { tier: Tier::Torch, cpu: None, metal: None });
+    assert_eq!(plan, Plan::of(Tier::Torch));
     assert_eq!(reasons[2], (Tier::Simdgroup, "failed earlier in this process: the compiler refused it".to_owned()));
     let settings = forced("v1");
     let planner = Planner { demotions: &demotions, ..planner(Device::Metal(M1), &settings) };
@@ -333,6 +470,33 @@ fn any_gpu() -> impl Strategy<Value = Gpu> {
 
 proptest! {
     #[test]
+    fn tensorops_tiles_fit(
+        dtype in prop_oneof![Just(Dtype::F16), Just(Dtype::Bf16), Just(Dtype::F32)],
+        [head_dim, value_dim] in [1..=1100usize, 1..=1100usize],
+        [query_len, key_len] in [0..300i64, 0..300i64],
+        preuse: bool,
+    ) {
+        let dims = contiguous(8, [query_len, key_len]);
+        let problem = Problem { dtype, head_dim, value_dim, ..dims };
+        let v2_preuse = if preuse { settings::Switch::On } else { settings::Switch::Off };
+        let settings = Settings { v2_preuse, v2_fp32_min_seq: 0, ..Settings::DEFAULT };
+        for tier in [Tier::Tensorops, Tier::TensoropsStaged] {
+            let (tile, matmul) = match matmul::choose(&problem, tier, &settings) {
+                Ok(both) => both,
+                Err(reason) => {
+                    prop_assert!(tier == Tier::TensoropsStaged && head_dim * dtype.size() > 1200, "{reason}");
+                    continue;
+                }
+            };
+            prop_assert!(matmul.fits(&tile, dtype, head_dim, value_dim), "{tile}, {matmul}");
+            prop_assert_eq!(tile.staged, tier == Tier::TensoropsStaged);
+            prop_assert!(tile.passes(value_dim) * tile.value_chunk >= value_dim && tile.value_chunk <= 128);
+            let whole = tile.staged || matmul.operands == Operands::Registers;
+            prop_assert!(whole || (key_len as usize >= tile.keys && has_plain_rows(&problem)));
+        }
+    }
+
+    #[test]
     fn a_tile_exists_and_neither_spills_nor_overflows(
         gpu in any_gpu(),
         dtype in prop_oneof![Just(Dtype::F16), Just(Dtype::Bf16), Just(Dtype::F32)],
@@ -362,7 +526,9 @@ proptest! {
         for (tier, reason) in &reasons {
             prop_assert!(*tier != plan.tier && !reason.is_empty());
         }
-        prop_assert_eq!(plan.metal.is_some(), plan.tier == Tier::Simdgroup);
+        let tensorops = matches!(plan.tier, Tier::Tensorops | Tier::TensoropsStaged);
+        prop_assert_eq!(plan.metal.is_some(), tensorops || plan.tier == Tier::Simdgroup);
+        prop_assert_eq!(plan.matmul.is_some(), tensorops);
         prop_assert_eq!(plan.tier == Tier::Torch, gpu.lacks_for_kernels(Dtype::F32).is_some());
     }
 }

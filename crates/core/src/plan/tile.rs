@@ -1,4 +1,4 @@
-//! How the simdgroup kernel cuts a problem.
+//! How the simdgroup and tensorops kernels cut a problem.
 
 use std::fmt;
 
@@ -10,7 +10,7 @@ pub const FRAGMENT: usize = 8;
 /// Fragments of Q whose elements a lane keeps side by side in threadgroup memory.
 const DEAL: usize = 4;
 /// Bytes by which a staged row is longer than its elements, so that the rows of a fragment lie in different banks.
-const ROW_PADDING: usize = 16;
+pub(super) const ROW_PADDING: usize = 16;
 
 /// The tile of the simdgroup kernel: what one threadgroup computes, and what its registers hold.
 ///

@@ -42,6 +42,11 @@
 //!   times `sum p_j |v_j|` to the output and nothing to the LSE, and in float16 half the smallest number for each key,
 //!   relative to a largest weight of at least 1. Subnormal float16 numbers are assumed to be kept.
 //!
+//! The tensorops kernels ([`Arithmetic::matmul2d`]) are Metal kernels in this sense: `matmul2d` accumulates in float32, and
+//! weights are float32 operands of which at least the significant bits of v's type count. With TF32, operands in float32
+//! keep 11 significant bits: a relative error of up to `c = 2^-10` each, so that `(2 c + c^2) A` is added to the error of
+//! a score, and `(2 c + c^2) sum p_j |v_j|` to that of the output.
+//!
 //! # How tight
 //! Losing one of `n` keys moves an output by about `1 / n`. In float32 that is more than ten times the bound up to about
 //! a thousand visible keys of unit-variance inputs. In 16-bit types the final rounding of an output of size `1 / sqrt(n)`
@@ -64,6 +69,9 @@ const RESCALE_KEYS: usize = 16;
 /// Covers products of errors, which are far below a hundredth of the errors themselves.
 const SECOND_ORDER: f64 = 1.01;
 
+/// Relative error of an operand of which 11 significant bits are kept and the others cut off.
+const TF32: f64 = 1.0 / (1u64 << 10) as f64;
+
 /// How far the running maximum of a Metal kernel lags behind the true one, in units of log2.
 const LAG: f64 = 8.0;
 
@@ -76,18 +84,33 @@ pub struct Arithmetic {
     exp2_growth: f64,
     /// Type that weights are rounded to for the product with v.
     weights: Dtype,
+    /// Relative error of each operand of a product, beside the rounding of weights.
+    operands: f64,
     /// Whether the maximum lags, so that rescalings are counted by distance rather than by keys.
     lags: bool,
 }
 
 impl Arithmetic {
     /// Float32 throughout: the CPU engine.
-    pub const FLOAT32: Self = Self { exp2: ELEMENTARY, exp2_growth: 0.0, weights: Dtype::F32, lags: false };
+    pub const FLOAT32: Self =
+        Self { exp2: ELEMENTARY, exp2_growth: 0.0, weights: Dtype::F32, operands: 0.0, lags: false };
 
     /// A Metal kernel that rounds weights to `weights`.
     #[must_use]
     pub const fn metal(weights: Dtype) -> Self {
-        Self { exp2: 6.0 * UNIT, exp2_growth: 4.0 * UNIT, weights, lags: true }
+        Self { exp2: 6.0 * UNIT, exp2_growth: 4.0 * UNIT, weights, operands: 0.0, lags: true }
+    }
+
+    /// A tensorops kernel for inputs of type `dtype`; `relaxed` says whether float32 operands may lose bits.
+    #[must_use]
+    pub const fn matmul2d(dtype: Dtype, relaxed: bool) -> Self {
+        let operands = if relaxed && matches!(dtype, Dtype::F32) { TF32 } else { 0.0 };
+        Self { operands, ..Self::metal(dtype) }
+    }
+
+    /// Relative error of a product of two operands.
+    fn product_error(&self) -> f64 {
+        self.operands * (2.0 + self.operands)
     }
 
     /// Relative error of a weight `distance` (in units of log2) below the maximum, by `exp2` and by subtracting.
@@ -216,8 +239,10 @@ impl Weights {
             let exponent = error + arithmetic.weight_error((max - score) * LOG2_E, scores.len());
             (SECOND_ORDER * exponent).exp_m1()
         };
-        let keys: Vec<f64> =
-            scores.iter().map(|score| relative(score.value, score_bound(problem, inputs, row, score))).collect();
+        let keys: Vec<f64> = scores
+            .iter()
+            .map(|score| relative(score.value, score_bound(arithmetic, problem, inputs, row, score)))
+            .collect();
         let sink = if softmax.sink > 0.0 { relative(sink, 2.0 * UNIT * sink.abs()) } else { 0.0 };
         let mean = softmax.sink * sink + keys.iter().zip(&softmax.probabilities).map(|(t, p)| t * p).sum::<f64>();
         let largest = keys.iter().copied().fold(sink, f64::max);
@@ -245,7 +270,7 @@ impl Weights {
         } else {
             (farthest, largest)
         };
-        let rounded = self.arithmetic.rounded_weight() * magnitude + lost;
+        let rounded = (self.arithmetic.rounded_weight() + self.arithmetic.product_error()) * magnitude + lost;
         SECOND_ORDER * (moved + rounded + self.summation * (magnitude + exact.abs() + moved) + flushed)
     }
 
@@ -259,10 +284,17 @@ impl Weights {
 }
 
 /// Absolute error of a score.
-fn score_bound(problem: &Problem, inputs: &ReferenceInputs<'_>, row: &Row, score: &Score) -> f64 {
+fn score_bound(
+    arithmetic: Arithmetic,
+    problem: &Problem,
+    inputs: &ReferenceInputs<'_>,
+    row: &Row,
+    score: &Score,
+) -> f64 {
     let (q, k) = (&inputs.q[row.query_range(problem)], &inputs.k[row.key_range(problem, score.key)]);
     let magnitude: f64 = q.iter().zip(k).map(|(q, k)| (q * k).abs()).sum();
-    let mut error = gamma(problem.head_dim + 4) * f64::from(problem.scale).abs() * magnitude;
+    let relative = gamma(problem.head_dim + 4) + arithmetic.product_error();
+    let mut error = relative * f64::from(problem.scale).abs() * magnitude;
     if problem.softcap > 0.0 {
         error += ELEMENTARY * f64::from(problem.softcap) + 4.0 * UNIT * score.capped.abs();
     }
