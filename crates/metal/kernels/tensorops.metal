@@ -283,7 +283,7 @@ struct Products {
     static void add_scores(thread Left& query, int step, int first, thread const Task& task, thread Scores& scores) {
         Score product;
         if constexpr (FILLED) {
-            Keys keys;
+            auto keys = product.template get_right_input_cooperative_tensor<scalar, scalar, float>();
             UNROLL
             for (ushort i = 0; i < keys.get_capacity(); ++i) {
                 if (keys.is_valid_element(i)) {
@@ -309,7 +309,7 @@ struct Products {
     static void add_values(thread Weights& weights, int step, int first, thread const Task& task, thread Out& out) {
         Value product;
         if constexpr (FILLED) {
-            Values values;
+            auto values = product.template get_right_input_cooperative_tensor<weight, scalar, float>();
             UNROLL
             for (ushort i = 0; i < values.get_capacity(); ++i) {
                 if (values.is_valid_element(i)) {
@@ -337,9 +337,9 @@ struct Attention {
     // Whether left operands are loaded element by element; otherwise matmul2d reads Q from threadgroup memory.
     static constexpr constant bool LOADED = Op::IS_FILLED || !QUERY_IN_THREADGROUP;
     typedef conditional_t<LOADED, typename Op::Query, ThreadgroupTile> Left;
-    typedef typename Op::Score::template cooperative_tensor_destination_t<Left, typename Op::Keys, float> Scores;
-    typedef typename Op::Score::template cooperative_tensor_row_reduction_destination_t<Left, typename Op::Keys, float>
-        Rows;
+    typedef typename Op::Keys Keys;
+    typedef typename Op::Score::template cooperative_tensor_destination_t<Left, Keys, float> Scores;
+    typedef typename Op::Score::template cooperative_tensor_row_reduction_destination_t<Left, Keys, float> Rows;
 
     // S = Q K^T.
     static void multiply_keys(int first, thread const Task& task, thread Scores& scores, thread Query&... query) {
@@ -351,7 +351,8 @@ struct Attention {
             UNROLL
             for (int step = 0; step < Op::HEAD_STEPS; ++step) {
                 if constexpr (LOADED) {
-                    Left query_columns;
+                    typename Op::Score product;
+                    auto query_columns = product.template get_left_input_cooperative_tensor<scalar, scalar, float>();
                     Op::load_query(query_columns, step, task);
                     Op::add_scores(query_columns, step, first, task, scores);
                 } else {
@@ -375,8 +376,9 @@ struct Attention {
             finish_scores(scores, task, block);
             unit = 1.0f;
         }
-        Rows block_rows;
-        Rows correction;
+        typename Op::Score product;
+        auto block_rows = product.template get_row_reduction_destination_cooperative_tensor<Left, Keys, float>();
+        auto correction = product.template get_row_reduction_destination_cooperative_tensor<Left, Keys, float>();
         reduce_rows(scores, block_rows, reduction_operation::max, numeric_limits<float>::lowest());
         bool corrected = false;
         UNROLL
@@ -433,8 +435,9 @@ struct Attention {
 
     template <typename... Out>
     static void run(thread const Task& task, thread Scores& scores, thread Query&... query, thread Out&... out) {
-        Rows maximum;
-        Rows sum;
+        typename Op::Score product;
+        auto maximum = product.template get_row_reduction_destination_cooperative_tensor<Left, Keys, float>();
+        auto sum = product.template get_row_reduction_destination_cooperative_tensor<Left, Keys, float>();
         UNROLL
         for (ushort r = 0; r < maximum.get_capacity(); ++r) {
             if (maximum.is_valid_element(r)) {
@@ -468,7 +471,7 @@ struct Attention {
             multiply_values(block.first, task, scores, out...);
         }
 
-        Rows normalizer;
+        auto normalizer = product.template get_row_reduction_destination_cooperative_tensor<Left, Keys, float>();
         UNROLL
         for (ushort r = 0; r < sum.get_capacity(); ++r) {
             if (sum.is_valid_element(r)) {
@@ -498,7 +501,8 @@ struct Attention {
     template <typename Weights, typename... Out>
     static void hold_out(thread const Task& task, thread Scores& scores, thread Query&... query, thread Out&... out) {
         if constexpr (sizeof...(Out) < Op::VALUE_STEPS) {
-            typename Op::Value::template cooperative_tensor_destination_t<Weights, typename Op::Values, float> next;
+            typename Op::Value product;
+            auto next = product.template get_destination_cooperative_tensor<Weights, typename Op::Values, float>();
             clear(next);
             hold_out<Weights>(task, scores, query..., out..., next);
         } else {
@@ -512,7 +516,8 @@ struct Attention {
     }
 
     static void start(thread const Task& task, thread Query&... query) {
-        Scores scores;
+        typename Op::Score score_product;
+        auto scores = score_product.template get_destination_cooperative_tensor<Left, Keys, float>();
         clear(scores);
 #if WEIGHTS_IN_THREADGROUP
         hold_out<ThreadgroupTile>(task, scores, query...);
@@ -529,7 +534,8 @@ struct Attention {
 template <typename Op, typename... Query>
 void attend(thread const Task& task, thread Query&... query) {
     if constexpr (QUERY_IN_REGISTERS && sizeof...(Query) < Op::HEAD_STEPS) {
-        typename Op::Query next;
+        typename Op::Score product;
+        auto next = product.template get_left_input_cooperative_tensor<scalar, scalar, float>();
         Op::load_query(next, sizeof...(Query), task);
         attend<Op>(task, query..., next);
     } else {

@@ -5,7 +5,7 @@ mod common;
 use common::bench::Bench;
 use common::variants::{self, Variant};
 use common::{Case, Run};
-use mtlflashattn_simulator::{Layer, Options};
+use mtlflashattn_simulator::{LaneLayout, Layer, MemoryDestination, Options, TensorOps};
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 
 /// Runs `cases` random problems with lengths up to `most` on every variant of `list`.
@@ -40,6 +40,24 @@ fn the_scalar_kernel_agrees() {
 #[test]
 fn the_simdgroup_kernel_agrees_in_any_schedule() {
     agree(&variants::simdgroup(), &[fast(), fast().with_seed(11)], 16, 100);
+}
+
+#[test]
+fn the_tensorops_kernels_agree_whoever_has_which_element() {
+    let layouts = [
+        LaneLayout::ContiguousQuads,
+        LaneLayout::SplitPairs,
+        LaneLayout::Shuffled(3),
+        LaneLayout::Shuffled(4),
+        LaneLayout::Scattered(5),
+    ];
+    let with = |layout, destination| fast().with_tensor_ops(TensorOps { layout, destination, ..TensorOps::default() });
+    let options: Vec<Options> = layouts
+        .into_iter()
+        .map(|layout| with(layout, MemoryDestination::Overwritten))
+        .chain([with(layouts[0], MemoryDestination::Accumulated), fast().with_seed(11)])
+        .collect();
+    agree(&variants::tensorops(), &options, 8, 100);
 }
 
 #[test]

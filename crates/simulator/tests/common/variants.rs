@@ -1,13 +1,14 @@
 //! Kernel variants that together have every feature, dtype, head-dimension class and tile, and random problems for them.
 
-use mtlflashattn_core::plan::QueryHome;
+use mtlflashattn_core::plan::{Matmul, Operands, QueryHome, Weights};
 use mtlflashattn_core::{BiasKind, Dtype, MetalTile};
 use mtlflashattn_metal::Kernel;
 use proptest::prelude::*;
 
 use super::{Case, Order, Run};
 
-/// A kernel variant: the features of a problem, and its tile (`None` is the scalar kernel).
+/// A kernel variant: the features of a problem, its tile (`None` is the scalar kernel), and how its products are made
+/// (`None` is the simdgroup kernel).
 #[derive(Clone, Debug)]
 pub struct Variant {
     pub name: &'static str,
@@ -15,16 +16,18 @@ pub struct Variant {
     pub tile: Option<MetalTile>,
     /// Whether the kernel reads four elements at once.
     pub aligned: bool,
+    pub matmul: Option<Matmul>,
 }
 
 impl Variant {
     pub fn kernel(&self, run: &Run) -> Kernel {
-        let kernel = match self.tile {
-            Some(tile) if self.aligned => {
+        let kernel = match (self.tile, self.matmul) {
+            (Some(tile), Some(matmul)) => Kernel::tensorops(&run.problem, tile, matmul, self.case.lse),
+            (Some(tile), None) if self.aligned => {
                 Kernel::simdgroup(&run.problem, tile, self.case.lse).aligned(&run.problem, [0; 3])
             }
-            Some(tile) => Kernel::simdgroup(&run.problem, tile, self.case.lse),
-            None => Kernel::scalar(&run.problem, self.case.lse),
+            (Some(tile), None) => Kernel::simdgroup(&run.problem, tile, self.case.lse),
+            (None, _) => Kernel::scalar(&run.problem, self.case.lse),
         };
         assert!(kernel.fits() && kernel.features.aligned == self.aligned, "{}", self.name);
         kernel
@@ -33,7 +36,12 @@ impl Variant {
     /// Problems that this variant serves, with lengths up to `most`.
     pub fn cases(&self, most: usize) -> impl Strategy<Value = Case> + use<> {
         let template = self.case.clone();
-        let length = (1..=most, 0..=most + most / 2);
+        // Blocks that matmul2d reads itself are whole, unless the kernel finds out.
+        let (keys, matmul) = (self.tile.map_or(0, |tile| tile.keys), self.matmul);
+        let from_memory = matmul.is_some_and(|matmul| matmul.operands == Operands::Memory);
+        let whole = from_memory && !template.packed && !self.tile.is_some_and(|tile| tile.staged);
+        let least = if whole { keys } else { 0 };
+        let length = (1..=most, least..=most + most / 2);
         let lengths = if template.packed {
             prop::collection::vec((0..=most, 0..=most + most / 2), 1..=3).boxed()
         } else {
@@ -184,8 +192,157 @@ pub fn simdgroup() -> Vec<Variant> {
             case: Case { beside: if aligned { 4 } else { 5 }, ..case },
             tile: Some(tile),
             aligned,
+            matmul: None,
         })
         .collect()
+}
+
+/// Products in one step over all columns of heads of `head_dim` and chunks of `value_chunk`, read from memory.
+const fn large(head_dim: usize, value_chunk: usize) -> Matmul {
+    Matmul {
+        head_step: head_dim,
+        value_step: value_chunk,
+        operands: Operands::Memory,
+        weights: Weights::Registers,
+        relaxed: true,
+        keep_step: false,
+    }
+}
+
+/// Products of fragments whose operands lanes load.
+const fn loaded(head_step: usize, value_step: usize) -> Matmul {
+    Matmul { operands: Operands::Registers, ..large(head_step, value_step) }
+}
+
+const fn in_step(matmul: Matmul) -> Matmul {
+    Matmul { keep_step: true, ..matmul }
+}
+
+const fn exact(matmul: Matmul) -> Matmul {
+    Matmul { relaxed: false, ..matmul }
+}
+
+const fn parked_weights(matmul: Matmul) -> Matmul {
+    Matmul { weights: Weights::Threadgroup, ..matmul }
+}
+
+/// Variants of the tensorops kernels.
+pub fn tensorops() -> Vec<Variant> {
+    use Dtype::{Bf16, F16, F32};
+    use QueryHome::{Device, Threadgroup};
+    let additive = |dtype| Some(BiasKind::Additive(dtype));
+    let parked = |tile| query_in(Threadgroup, tile);
+    let everything =
+        Case { packed: true, window: (RANDOM, RANDOM), softcap: 2.0, alibi: 2, sinks: true, ..Case::default() };
+    let list = [
+        ("tensor f16 64", dims(F16, 64, 64), parked(tile(4, 2, 32, 64)), large(64, 64)),
+        (
+            "tensor f16 128 causal in step",
+            Case { window: (-1, 0), ..dims(F16, 128, 128) },
+            parked(tile(4, 2, 32, 128)),
+            in_step(large(128, 128)),
+        ),
+        (
+            "tensor bf16 96 packed window in steps",
+            Case { window: (RANDOM, RANDOM), packed: true, ..dims(Bf16, 96, 96) },
+            parked(tile(2, 2, 32, 96)),
+            large(48, 32),
+        ),
+        (
+            "tensor f16 64 packed causal",
+            Case { window: (-1, 0), packed: true, ..dims(F16, 64, 64) },
+            parked(tile(4, 2, 32, 64)),
+            in_step(large(64, 64)),
+        ),
+        (
+            "tensor f32 32/48 softcap alibi",
+            Case { softcap: 3.0, alibi: 1, window: (-1, RANDOM), ..dims(F32, 32, 48) },
+            tile(2, 2, 16, 48),
+            exact(large(16, 48)),
+        ),
+        ("tensor f32 64 tf32", dims(F32, 64, 64), tile(2, 2, 32, 64), large(64, 64)),
+        (
+            "tensor f16 80 bias loaded",
+            Case { bias: additive(F16), ..dims(F16, 80, 80) },
+            tile(4, 2, 32, 80),
+            loaded(16, 16),
+        ),
+        (
+            "tensor f16 72 boolean mask loaded",
+            Case { bias: Some(BiasKind::Boolean), window: (RANDOM, -1), sinks: true, ..dims(F16, 72, 72) },
+            tile(4, 2, 32, 96),
+            in_step(loaded(16, 32)),
+        ),
+        (
+            "tensor bf16 20/12 float bias loaded",
+            Case { bias: additive(F32), sinks: true, ..dims(Bf16, 20, 12) },
+            parked(tile(1, 2, 16, 16)),
+            loaded(16, 16),
+        ),
+        (
+            "tensor f16 256 in chunks",
+            Case { window: (RANDOM, 0), ..dims(F16, 256, 256) },
+            parked(tile(2, 2, 32, 128)),
+            large(256, 128),
+        ),
+        (
+            "tensor f32 160/100 from device loaded",
+            Case { window: (-1, 0), packed: true, ..dims(F32, 160, 100) },
+            query_in(Device, tile(2, 2, 16, 64)),
+            exact(loaded(32, 32)),
+        ),
+        (
+            "tensor f16 40/24 everything loaded",
+            Case { dtype: F16, head_dim: 40, value_dim: 24, ..everything.clone() },
+            tile(4, 2, 32, 32),
+            in_step(loaded(16, 32)),
+        ),
+        (
+            "tensor bf16 64/32 everything",
+            Case { dtype: Bf16, head_dim: 64, value_dim: 32, ..everything.clone() },
+            parked(tile(2, 2, 32, 32)),
+            large(32, 16),
+        ),
+        (
+            "tensor f16 80 bias in registers",
+            Case { bias: additive(Bf16), window: (-1, 0), lse: false, ..dims(F16, 80, 80) },
+            tile(4, 2, 32, 80),
+            in_step(large(80, 80)),
+        ),
+        (
+            "staged f16 64 causal",
+            Case { window: (-1, 0), ..dims(F16, 64, 64) },
+            staged(tile(4, 2, 32, 64)),
+            large(64, 64),
+        ),
+        (
+            "staged bf16 72 weights parked",
+            Case { window: (RANDOM, RANDOM), bias: Some(BiasKind::Boolean), ..dims(Bf16, 72, 72) },
+            staged(tile(4, 2, 32, 80)),
+            parked_weights(large(80, 80)),
+        ),
+        (
+            "staged f16 61/33 everything",
+            Case { dtype: F16, head_dim: 61, value_dim: 33, ..everything.clone() },
+            staged(parked(tile(4, 2, 16, 48))),
+            large(32, 16),
+        ),
+        (
+            "staged f32 weights parked packed",
+            Case { window: (-1, 0), packed: true, ..dims(F32, 40, 40) },
+            staged(tile(2, 2, 32, 48)),
+            exact(parked_weights(large(48, 48))),
+        ),
+        (
+            "staged f16 320 from device in chunks",
+            Case { window: (RANDOM, 0), sinks: true, ..dims(F16, 320, 320) },
+            staged(query_in(Device, tile(2, 2, 16, 160))),
+            large(80, 32),
+        ),
+    ];
+    let variant =
+        |(name, case, tile, matmul)| Variant { name, case, tile: Some(tile), aligned: false, matmul: Some(matmul) };
+    list.into_iter().map(variant).collect()
 }
 
 /// Variants of the scalar kernel.
@@ -203,9 +360,9 @@ pub fn scalar() -> Vec<Variant> {
         ("f16 bfloat bias", Case { bias: additive(Bf16), sinks: true, alibi: 1, ..dims(F16, 32, 200) }),
         ("bf16 float bias", Case { bias: additive(F32), softcap: 5.0, ..dims(Bf16, 300, 8) }),
     ];
-    list.into_iter().map(|(name, case)| Variant { name, case, tile: None, aligned: false }).collect()
+    list.into_iter().map(|(name, case)| Variant { name, case, tile: None, aligned: false, matmul: None }).collect()
 }
 
 pub fn all() -> Vec<Variant> {
-    scalar().into_iter().chain(simdgroup()).collect()
+    scalar().into_iter().chain(simdgroup()).chain(tensorops()).collect()
 }
