@@ -16,8 +16,6 @@ from metal_flash_attn._cli import main
 M3_MAX = shlex.split("plan --gpu m3-max --macos 26.2 --torch 2.15")
 CALL = shlex.split("--dtype f16 --q 1x8192x16x64 --k 1x8192x4x64 --causal")
 
-NO_KERNELS = "but this version contains no matmul2d kernels"
-
 
 def ask(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert main(arguments) == 0
@@ -78,14 +76,6 @@ def test_a_plan_names_tile_grid_prediction_and_reasons(capsys: pytest.CaptureFix
             "--gpu m5 --macos 26.2 --torch 2.10.1",
             "needs torch >= 2.11, the first that compiles Metal 4.0; this is torch 2.10",
         ),
-        (
-            "--gpu m5-pro --cores 16 --macos 26.2 --torch 2.11.0",
-            f"this machine could (Apple M5 Pro, 16 cores, macOS 26.2, torch 2.11), {NO_KERNELS}",
-        ),
-        (
-            "--gpu m5 --macos 26.2 --torch none",
-            f"this machine could (Apple M5, 10 cores, macOS 26.2), {NO_KERNELS}",
-        ),
     ],
 )
 def test_the_first_missing_requirement_is_the_reason(
@@ -94,6 +84,28 @@ def test_the_first_missing_requirement_is_the_reason(
     answer = ask_json(capsys, "plan", *machine.split(), *CALL)
     assert reasons(answer)["tensorops"] == reason
     assert reasons(answer)["tensorops-staged"] == reason
+
+
+@pytest.mark.parametrize("torch_version", ["2.11.0", "none"])
+def test_an_m5_has_the_tensorops_tiers(
+    capsys: pytest.CaptureFixture[str], torch_version: str
+) -> None:
+    machine = ["--gpu", "m5-pro", "--macos", "26.2", "--torch", torch_version]
+    answer = ask_json(capsys, "plan", *machine, *CALL)
+    assert answer["tier"] == "tensorops"
+    assert answer["predicted"] is None
+    assert answer["launch"]["entry"] == "attention_tensorops"
+    products = "products of 64 and 64 columns, k and v from memory, p in registers"
+    assert answer["tile"]["products"].startswith(products)
+    assert products in ask(capsys, "plan", *machine, *CALL)
+    staged = "tensorops comes before it and serves this call"
+    assert reasons(answer)["tensorops-staged"] == staged
+    text = ask_json(capsys, "msl", "--tier", "tensorops-staged", *machine, *CALL)
+    assert text["source"].isascii()
+    assert "#define STAGED 1" in text["source"]
+    assert "needs an M5 or later" in refused(
+        capsys, "msl", "--tier", "v2r", "--gpu", "m4", "--head-dim", "64"
+    )
 
 
 def test_bfloat16_on_an_old_macos_is_left_to_torch(capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,7 +197,10 @@ WRONG = [
     (["plan", "--window", "7"], '--window is "7"; allowed: LEFT,RIGHT'),
     (["plan", "--softcap", "-1"], "--softcap is -1; allowed: 0 (off) or a positive number"),
     (["plan", "--bias", "int8"], '--bias is "int8"; allowed: bool, f16, bf16, f32'),
-    (["msl", "--tier", "torch"], '--tier is "torch"; allowed: simdgroup (or v1), scalar (or v0)'),
+    (
+        ["msl", "--tier", "torch"],
+        '--tier is "torch"; allowed: tensorops (or v2r), tensorops-staged, simdgroup (or v1), scalar (or v0)',
+    ),
     (["msl", "--tier", "v9"], '--tier is "v9"; allowed: simdgroup'),
     (["msl", "--tier", "v2", "--gpu", "m1"], "--tier: tensorops for this call is not supported"),
     (["msl", "--value-dim", "0"], "--value-dim is 0; allowed: a whole number of at least 1"),

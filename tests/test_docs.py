@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from functools import cache
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from metal_flash_attn import plan
-from metal_flash_attn._cli import main
 from tool_variables import TOOLS
 
 ROOT = Path(__file__).parents[1]
@@ -136,16 +134,12 @@ def test_variables_of_tools_are_read_and_documented() -> None:
         assert f"`{name}`" in described, name
 
 
-def test_tier_table_is_that_of_the_code(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tier_table_is_that_of_the_code() -> None:
     q = torch.zeros(1, 1, 1, 8)
     here = plan(q, q, q)
     rows = table(ROOT / "docs" / "architecture.md", "| tier | names")
     tiers = {row[0].strip("`") for row in rows}
     assert tiers == {here.tier, *dict(here.reasons)}
-    main(["plan", "--gpu", "m5-max", "--macos", "99.0", "--torch", "99.0", "--json"])
-    passed_over = json.loads(capsys.readouterr().out)["passed_over"]
-    missing = {entry["tier"] for entry in passed_over if "contains no" in entry["reason"]}
-    assert {row[0].strip("`") for row in rows if row[2] == "yes"} == tiers - missing
     names = {name for row in rows for name in CODE.findall(row[1]) if name.islower()}
     allowed = set(re.findall(r"[\w-]+", variables()["MTLFLASHATTN_KERNEL"][1]))
     assert names == allowed - {"auto", "or"}

@@ -57,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_run_plan, head_dim=None, value_dim=None, tier=None)
     msl = commands.add_parser("msl", help="the text of a Metal kernel", epilog=_MSL_EXAMPLE)
     msl.add_argument(
-        "--tier", default="simdgroup", help="simdgroup or scalar (default: %(default)s)"
+        "--tier",
+        default="simdgroup",
+        help="tensorops, tensorops-staged, simdgroup or scalar (default: %(default)s)",
     )
     msl.add_argument("--head-dim", type=int, help="columns of q and k, where --q is not given")
     msl.add_argument("--value-dim", type=int, help="columns of v (default: those of k)")
@@ -80,6 +82,8 @@ def _launch_lines(answer: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "tier", answer["tier"]
     if tile := answer["tile"]:
         yield "tile", tile["text"]
+        if tile["products"]:
+            yield "products", tile["products"]
         sources = {"default": "the planner's choice", "tuned": "measured on this machine"}
         yield "source", sources.get(tile["source"], "MTLFLASHATTN_TILE")
         if tile["ignored"]:

@@ -1,7 +1,7 @@
 //! What `python -m metal_flash_attn` shows: plans and kernel texts for machines that need not be this one.
 
 use mtlflashattn_core::plan::occupancy::{CLASSES, MOST_HALVES, THREADGROUP_MEMORY};
-use mtlflashattn_core::plan::{Chip, Explanation, Gpu, TileChoice, Traffic, Version, explain};
+use mtlflashattn_core::plan::{Chip, Explanation, Gpu, Matmul, TileChoice, Traffic, Version, explain};
 use mtlflashattn_core::{
     self as core, BiasKind, Device, Dtype, Lengths, MetalTile, Options, Planner, Problem, Settings, Strides,
     TensorMeta, Tier, settings,
@@ -233,6 +233,8 @@ struct TileAnswer {
     value_chunk: usize,
     passes: usize,
     query: &'static str,
+    /// How a tensorops kernel makes its products.
+    products: Option<String>,
     /// "default", "tuned" or "forced".
     source: &'static str,
     /// Why a tuned tile was ignored.
@@ -240,13 +242,14 @@ struct TileAnswer {
 }
 
 impl TileAnswer {
-    fn new(choice: TileChoice, problem: &Problem) -> Self {
+    fn new(choice: TileChoice, matmul: Option<Matmul>, problem: &Problem) -> Self {
         let TileChoice { tile, source, ignored } = choice;
         let MetalTile { simdgroups, row_fragments, keys, staged, value_chunk, query } = tile;
         let passes = tile.passes(problem.value_dim);
         let text = tile.to_string();
+        let products = matmul.map(|matmul| matmul.to_string());
         let (query, source) = (query.name(), source.name());
-        Self { text, simdgroups, row_fragments, keys, staged, value_chunk, passes, query, source, ignored }
+        Self { text, simdgroups, row_fragments, keys, staged, value_chunk, passes, query, products, source, ignored }
     }
 }
 
@@ -353,8 +356,14 @@ pub struct PlanAnswer {
     passed_over: Vec<PassedOver>,
 }
 
-/// Plans a call on a GPU that need not be here. Of the settings only `MTLFLASHATTN_KERNEL` and
-/// `MTLFLASHATTN_TILE` count.
+/// The settings that decide how the tensorops kernels are made, and no other.
+fn of_tensorops(settings: &Settings) -> Settings {
+    let Settings { v2_preuse, v2_fp32_min_seq, tf32, .. } = *settings;
+    Settings { v2_preuse, v2_fp32_min_seq, tf32, ..Settings::DEFAULT }
+}
+
+/// Plans a call on a GPU that need not be here. Of the settings only `MTLFLASHATTN_KERNEL`, `MTLFLASHATTN_TILE` and those
+/// of the tensorops tiers count.
 #[pyfunction]
 #[allow(clippy::needless_pass_by_value, reason = "arguments of Python functions are owned")]
 pub fn _plan_elsewhere(py: Python<'_>, question: Question) -> PyResult<PlanAnswer> {
@@ -362,7 +371,7 @@ pub fn _plan_elsewhere(py: Python<'_>, question: Question) -> PyResult<PlanAnswe
         let problem = question.problem()?;
         let gpu = question.gpu(py)?;
         let asked = &process::current(py)?.values;
-        let settings = Settings { kernel: asked.kernel, tile: asked.tile.clone(), ..Settings::DEFAULT };
+        let settings = Settings { kernel: asked.kernel, tile: asked.tile.clone(), ..of_tensorops(asked) };
         let planner = Planner::new(Device::Metal(gpu), &settings);
         let plan = planner.plan(&problem)?;
         // Tensors with memory of their own start where a page or a line of the cache does.
@@ -373,7 +382,7 @@ pub fn _plan_elsewhere(py: Python<'_>, question: Question) -> PyResult<PlanAnswe
         Ok(PlanAnswer {
             gpu: GpuAnswer::new(&gpu),
             tier: plan.tier.name(),
-            tile: planner.tile_choice(&problem, plan.tier).map(|choice| TileAnswer::new(choice, &problem)),
+            tile: planner.tile_choice(&problem, plan.tier).map(|choice| TileAnswer::new(choice, plan.matmul, &problem)),
             launch: kernel.map(|kernel| LaunchAnswer::new(&kernel, &problem)).transpose()?,
             predicted: why.map(|why| Prediction::new(&why, &gpu)),
             passed_over: passed_over
@@ -399,7 +408,11 @@ fn tier_named(name: &str) -> core::Result<Tier> {
     let (settings, warnings) = Settings::parse(|asked| (asked == variable.name).then(|| name.to_owned()));
     match settings.kernel.tier() {
         Some(tier) if warnings.is_empty() && tier.is_metal() => Ok(tier),
-        _ => Err(value_error("--tier", format!("{name:?}"), "simdgroup (or v1), scalar (or v0)")),
+        _ => Err(value_error(
+            "--tier",
+            format!("{name:?}"),
+            "tensorops (or v2r), tensorops-staged, simdgroup (or v1), scalar (or v0)",
+        )),
     }
 }
 
@@ -411,7 +424,7 @@ pub fn _kernel_text(py: Python<'_>, question: Question) -> PyResult<MslAnswer> {
         let tier = tier_named(question.tier.as_deref().unwrap_or("simdgroup"))?;
         let problem = question.problem()?;
         let gpu = question.gpu(py)?;
-        let settings = Settings::DEFAULT;
+        let settings = of_tensorops(&process::current(py)?.values);
         let planner = Planner::new(Device::Metal(gpu), &settings);
         let refused = |reason: String| core::Error::Unsupported {
             argument: "--tier",
@@ -425,7 +438,7 @@ pub fn _kernel_text(py: Python<'_>, question: Question) -> PyResult<MslAnswer> {
         Ok(MslAnswer {
             gpu: GpuAnswer::new(&gpu),
             tier: tier.name(),
-            tile: planner.tile_choice(&problem, tier).map(|choice| TileAnswer::new(choice, &problem)),
+            tile: planner.tile_choice(&problem, tier).map(|choice| TileAnswer::new(choice, plan.matmul, &problem)),
             launch: LaunchAnswer::new(&kernel, &problem)?,
             source: kernel.source(),
         })

@@ -185,7 +185,11 @@ impl<'a> Planner<'a> {
     #[must_use]
     pub fn tile_choice(&self, problem: &Problem, tier: Tier) -> Option<TileChoice> {
         let Device::Metal(gpu) = self.device else { return None };
-        self.serve(problem, tier).ok()?.metal?;
+        let plan = self.serve(problem, tier).ok()?;
+        let tile = plan.metal?;
+        if plan.matmul.is_some() {
+            return Some(TileChoice { tile, source: TileSource::Default, ignored: None });
+        }
         self.choose_tile(problem, tier, &gpu).ok()
     }
 

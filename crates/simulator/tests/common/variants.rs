@@ -227,6 +227,7 @@ const fn parked_weights(matmul: Matmul) -> Matmul {
 }
 
 /// Variants of the tensorops kernels.
+#[allow(clippy::too_many_lines, reason = "a list")]
 pub fn tensorops() -> Vec<Variant> {
     use Dtype::{Bf16, F16, F32};
     use QueryHome::{Device, Threadgroup};
