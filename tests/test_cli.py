@@ -199,9 +199,10 @@ WRONG = [
     (["plan", "--bias", "int8"], '--bias is "int8"; allowed: bool, f16, bf16, f32'),
     (
         ["msl", "--tier", "torch"],
-        '--tier is "torch"; allowed: tensorops (or v2r), tensorops-staged, simdgroup (or v1), scalar (or v0)',
+        '--tier is "torch"; allowed: tensorops (or v2r), tensorops-staged, simdgroup (or v1), '
+        "scalar (or v0)",
     ),
-    (["msl", "--tier", "v9"], '--tier is "v9"; allowed: simdgroup'),
+    (["msl", "--tier", "v9"], '--tier is "v9"; allowed: tensorops'),
     (["msl", "--tier", "v2", "--gpu", "m1"], "--tier: tensorops for this call is not supported"),
     (["msl", "--value-dim", "0"], "--value-dim is 0; allowed: a whole number of at least 1"),
     (["msl", "--head-dim", "many"], "argument --head-dim: invalid int value: 'many'"),
