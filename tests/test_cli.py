@@ -199,8 +199,7 @@ WRONG = [
     (["plan", "--bias", "int8"], '--bias is "int8"; allowed: bool, f16, bf16, f32'),
     (
         ["msl", "--tier", "torch"],
-        '--tier is "torch"; allowed: tensorops (or v2r), tensorops-staged, simdgroup (or v1), '
-        "scalar (or v0)",
+        '--tier is "torch"; allowed: tensorops (or v2r), tensorops-staged, simdgroup',
     ),
     (["msl", "--tier", "v9"], '--tier is "v9"; allowed: tensorops'),
     (["msl", "--tier", "v2", "--gpu", "m1"], "--tier: tensorops for this call is not supported"),
