@@ -48,8 +48,8 @@ test-neon: ## Run the Rust tests as aarch64 code (under qemu on other machines)
 mutants: clang ## Plant bugs in the Metal kernels and report which layer of the simulator notices each
 	cargo run --quiet --package mtlflashattn-simulator --example mutants
 
-counters: clang ## Print what the Metal kernels ask of memory and matrix units, per shape
-	cargo run --quiet --package mtlflashattn-simulator --example counters
+counters: clang ## Print what the Metal kernels ask of memory and matrix units, per shape (PEER=FILE: _kernel.py of 0.2.0)
+	PEER="$(PEER)" cargo run --quiet --package mtlflashattn-simulator --example counters
 
 gpu-proof: clang ## Run the Metal kernels on an NVIDIA GPU: numbers and speed (PEER=FILE: _kernel.py of 0.2.0)
 	PEER="$(PEER)" scripts/gpu-proof

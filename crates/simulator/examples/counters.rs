@@ -1,6 +1,7 @@
-//! Prints what each kernel asks of the memory and the matrix units, beside the older package's v1 kernel.
+//! Prints what each kernel asks of the memory and the matrix units, beside the kernels of the older package.
 //!
-//! `make counters`. Counts are exact and reproducible. Registers and
+//! `make counters`. With `PEER`, the path of the older package's `_kernel.py`, its `matmul2d` kernels run, too; v1 is
+//! counted from its structure. Products are 8x8x8, those of `matmul2d` in this unit. Counts are exact and reproducible. Registers and
 //! occupancy are predictions of a model of M1-class GPUs (`mtlflashattn_core::plan::occupancy`); nothing here is a time.
 #![allow(clippy::print_stdout, reason = "prints a table")]
 
@@ -8,12 +9,13 @@
 mod common;
 
 use common::bench::Bench;
+use common::peer::{self, PeerKernel, PeerShape};
 use common::{Case, Run};
 use mtlflashattn_core::plan::occupancy::{KernelShape, Occupancy};
 use mtlflashattn_core::plan::{Chip, Gpu, QueryHome};
 use mtlflashattn_core::{Device, Dtype, MetalTile, Planner, Settings, Tier};
 use mtlflashattn_metal::Kernel;
-use mtlflashattn_simulator::{Counters, Layer, Options};
+use mtlflashattn_simulator::{Counters, Layer, Options, Registers, Simulator};
 
 /// Counts of one launch, in the units of the table.
 struct Counts {
@@ -21,7 +23,8 @@ struct Counts {
     threadgroup_read: f64,
     threadgroup_written: f64,
     products: u64,
-    barriers: u64,
+    simdgroup_barriers: u64,
+    threadgroup_barriers: u64,
 }
 
 impl Counts {
@@ -30,8 +33,9 @@ impl Counts {
             device_read: counters.device_read_bytes as f64,
             threadgroup_read: counters.threadgroup_read_bytes as f64,
             threadgroup_written: counters.threadgroup_written_bytes as f64,
-            products: counters.matrix_multiplies,
-            barriers: counters.simdgroup_barriers + counters.threadgroup_barriers,
+            products: counters.products(),
+            simdgroup_barriers: counters.simdgroup_barriers,
+            threadgroup_barriers: counters.threadgroup_barriers,
         }
     }
 
@@ -55,7 +59,8 @@ impl Counts {
             threadgroup_read: blocks * (2.0 * 512.0 + 4.0 * query + query),
             threadgroup_written: blocks * (2.0 * 512.0 + query) + simdgroups * query,
             products: (blocks * 2.0 * 4.0 * dim / 8.0) as u64,
-            barriers: (blocks * 4.0 + simdgroups) as u64,
+            simdgroup_barriers: (blocks * 4.0 + simdgroups) as u64,
+            threadgroup_barriers: 0,
         }
     }
 }
@@ -71,7 +76,7 @@ struct Shape {
 const SHAPES: [Shape; 5] = [
     Shape { heads: 4, len: 512, dim: 64, causal: false, dtype: Dtype::F16 },
     Shape { heads: 4, len: 512, dim: 64, causal: true, dtype: Dtype::F16 },
-    Shape { heads: 2, len: 512, dim: 128, causal: false, dtype: Dtype::F16 },
+    Shape { heads: 4, len: 512, dim: 128, causal: false, dtype: Dtype::F16 },
     Shape { heads: 2, len: 512, dim: 128, causal: true, dtype: Dtype::Bf16 },
     Shape { heads: 1, len: 256, dim: 256, causal: false, dtype: Dtype::F16 },
 ];
@@ -81,12 +86,13 @@ fn print(name: &str, shape: &Shape, counts: &Counts, prediction: &str) {
     let flops = 4.0 * scores * shape.dim as f64;
     let mega = |bytes: f64| bytes / 1e6;
     println!(
-        "  {name:<46} {:>8.2} {:>8.2} {:>8.2} {:>9} {:>8} {:>8.1}  {prediction}",
+        "  {name:<46} {:>8.2} {:>8.2} {:>8.2} {:>9} {:>8} {:>8} {:>8.1}  {prediction}",
         mega(counts.device_read),
         mega(counts.threadgroup_read),
         mega(counts.threadgroup_written),
         counts.products,
-        counts.barriers,
+        counts.simdgroup_barriers,
+        counts.threadgroup_barriers,
         flops / counts.device_read,
     );
 }
@@ -134,7 +140,25 @@ fn describe(kernel: &Kernel, run: &Run) -> (String, String) {
     (name, format!("{halves} halves, {threads}"))
 }
 
+/// The `matmul2d` kernels of the older package, on any numbers: what they do depends on sizes alone.
+fn print_peer(python: &str, shape: &Shape, simulator: &Simulator) {
+    let Shape { heads, len, dim, causal, dtype } = *shape;
+    let numbers: Vec<u8> = (0..heads * len * dim).flat_map(|i| [(i % 200) as u8, 0x34]).collect();
+    let peer_shape = PeerShape { heads, key_heads: heads, query_len: len, key_len: len, dim, causal };
+    for (kernel, name) in [(PeerKernel::V2, "v2"), (PeerKernel::V2r, "v2r")] {
+        let source = kernel.source(python, dim, dtype);
+        let report = match kernel.run(simulator, &source, &peer_shape, 2, [&numbers; 3]) {
+            Ok((_, report)) => report,
+            Err(error) => panic!("{name}: {error}"),
+        };
+        let Registers { halves, threads, .. } = report.counters.registers();
+        let prediction = format!("{halves} halves, {threads}");
+        print(&format!("{name} of mtlflashattn 0.2"), shape, &Counts::of(&report.counters), &prediction);
+    }
+}
+
 fn main() {
+    let python = peer::read();
     let bench = Bench::new(Options::new(Layer::Check));
     for shape in &SHAPES {
         let Shape { heads, len, dim, causal, dtype } = *shape;
@@ -150,11 +174,14 @@ fn main() {
         });
         println!("B1 H{heads} L{len} D{dim} {dtype}{}", if causal { " causal" } else { "" });
         println!(
-            "  {:<46} {:>8} {:>8} {:>8} {:>9} {:>8} {:>8}  registers, threads a core (predicted)",
-            "kernel", "read MB", "tg rd MB", "tg wr MB", "products", "barriers", "FLOP/B"
+            "  {:<46} {:>8} {:>8} {:>8} {:>9} {:>8} {:>8} {:>8}  registers, threads a core (predicted)",
+            "kernel", "read MB", "tg rd MB", "tg wr MB", "products", "sg bars", "tg bars", "FLOP/B"
         );
         if dtype == Dtype::F16 && dim <= 128 {
             print("v1 of mtlflashattn 0.2", shape, &Counts::of_v1(shape), "");
+            if let Some(python) = &python {
+                print_peer(python, shape, bench.simulator());
+            }
         }
         for kernel in kernels(&run) {
             let counters = match bench.count(&kernel, &run) {
