@@ -10,7 +10,7 @@ use std::path::Path;
 use mtlflashattn_metal::DeviceError;
 
 use crate::clang;
-use crate::compile::{cache_folder, definitions, rewritten, unpack_toolchain};
+use crate::compile::{cache_folder, definitions, rewritten, unpack_toolchain, uses_tensor_ops};
 use crate::options::{Layer, Options};
 use crate::rewrite::Entries;
 
@@ -55,14 +55,16 @@ fn front_end(toolchain: &Path, source: &str, float_products: FloatProducts) -> V
     all.push(format!("-DMSL_FLOAT_PRODUCTS={instructions}").into());
     all.push("-I".into());
     all.push(toolchain.join("include").into());
+    all.extend(["-include", "nvptx/metal_stdlib"].map(OsString::from));
+    if uses_tensor_ops(source) {
+        all.extend(["-include", "nvptx/tensor_ops"].map(OsString::from));
+    }
     all.extend(
         [
             "-O3",
             "-std=c++20",
             "-nostdinc",
             "-nostdinc++",
-            "-include",
-            "nvptx/metal_stdlib",
             "-fdeclspec",
             "-fno-exceptions",
             "-fno-rtti",

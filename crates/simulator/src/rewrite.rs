@@ -515,7 +515,8 @@ impl<'a> Rewriter<'a> {
         let is_value = match previous.kind {
             Kind::Word => !["return", "case", "else", "do"].contains(&previous.text),
             Kind::Literal => true,
-            Kind::Mark => [")", "]", ">"].contains(&previous.text) && open - 1 != last_cast_end,
+            // The dots of sizeof...(T).
+            Kind::Mark => [")", "]", ">", ".", "..."].contains(&previous.text) && open - 1 != last_cast_end,
         };
         (!is_value).then_some(close)
     }
@@ -688,7 +689,13 @@ mod tests {
         assert_eq!(edited("return (vec<T, 2>)-y;"), "return msl_cast<vec<T, 2>>{} ->* -y;");
         let template = "template <typename T> T f(float x) { return (T)x * sizeof(T); }";
         assert_eq!(edited(template), template.replace("(T)x", "msl_cast<T>{} ->* x"));
-        for text in ["f(float4) + 1;", "sizeof(float4) * n;", "x = (float)y;", "void f(float4) const;"] {
+        for text in [
+            "f(float4) + 1;",
+            "sizeof(float4) * n;",
+            "template <class... T> int n = sizeof...(T) + 1;",
+            "x = (float)y;",
+            "void f(float4) const;",
+        ] {
             assert_eq!(edited(text), text);
         }
     }

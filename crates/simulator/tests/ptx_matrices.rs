@@ -1,60 +1,10 @@
-//! The simdgroup matrices of the NVIDIA headers, run on this processor: the headers themselves, with the matrix
-//! instructions replaced by what the PTX ISA says of them. A lane of the simulator plays a lane of the hardware.
+//! The simdgroup matrices of the NVIDIA headers, run on this processor.
+
+mod nvidia;
 
 use mtlflashattn_metal::{Argument, Device as _, Grid};
 use mtlflashattn_simulator::{Buffer, Element, Layer, Options, Simulator};
-
-/// Elements of the fragments by shuffles, one product after the other.
-const INSTRUCTIONS: &str = r"
-#define __nvvm_read_ptx_sreg_laneid() ::msl_lane()
-#define __nvvm_read_ptx_sreg_tid_x() 0
-#define __nvvm_read_ptx_sreg_tid_y() 0
-#define __nvvm_read_ptx_sreg_tid_z() 0
-#define __nvvm_read_ptx_sreg_ntid_x() 32
-#define __nvvm_read_ptx_sreg_ntid_y() 1
-#define MSL_FOR_READABLE(M) M(device)
-#define MSL_FOR_MEMORY(M) M(device)
-namespace nvidia {
-using namespace metal;
-template <class T> T from(T value, uint lane) { return simd_shuffle(value, ushort(lane)); }
-uint group() { return ::msl_lane() / 4; }
-uint member() { return ::msl_lane() % 4; }
-uint half_of(uint pair, uint i) { return i == 0 ? pair & 0xffffu : pair >> 16; }
-
-uint msl_transposed(uint pair) {
-  const uint g = group(), t = member();
-  const uint first = half_of(from(pair, 2 * t * 4 + g / 2), g % 2);
-  const uint second = half_of(from(pair, (2 * t + 1) * 4 + g / 2), g % 2);
-  return first | second << 16;
-}
-template <class T> void mma_16bit(thread float (&c)[4], uint a, uint b) {
-  for (uint k = 0; k < 8; ++k) {
-    const float left = float(as_type<T>(ushort(half_of(from(a, group() * 4 + k / 2), k % 2))));
-    for (uint e = 0; e < 2; ++e) {
-      const uint column = 2 * member() + e;
-      c[e] += left * float(as_type<T>(ushort(half_of(from(b, column * 4 + k / 2), k % 2))));
-    }
-  }
-}
-void msl_mma_half(thread float (&c)[4], uint a, uint b) { mma_16bit<half>(c, a, b); }
-void msl_mma_bfloat(thread float (&c)[4], uint a, uint b) { mma_16bit<bfloat>(c, a, b); }
-void msl_mma_tf32(thread float (&c)[4], thread const uint (&upper)[2], thread const uint (&lower)[2],
-                  thread const uint (&b)[2]) {
-  for (uint k = 0; k < 8; ++k) {
-    // The unit ignores the bits that tf32 does not have.
-    const uint high = from(upper[k / 4], group() * 4 + k % 4) & ~0x1fffu;
-    const uint low = from(lower[k / 4], group() * 4 + k % 4) & ~0x1fffu;
-    for (uint e = 0; e < 2; ++e) {
-      const uint column = 2 * member() + e;
-      const float right = as_type<float>(from(b[k / 4], column * 4 + k % 4) & ~0x1fffu);
-      c[e] += as_type<float>(high) * right;
-      c[2 + e] += as_type<float>(low) * right;
-    }
-  }
-}
-uint msl_tf32(float x) { return (as_type<uint>(x) + 0x1000u) & ~0x1fffu; }
-}
-";
+use nvidia::{headers, numbers};
 
 /// `D = A B + C`, with B read as it lies or transposed, and D written likewise.
 const KERNEL: &str = r"
@@ -73,25 +23,12 @@ kernel void product(device const left_scalar* a [[buffer(0)]],
 ";
 
 fn text(types: [&str; 2], transposed: bool, float_products: u8) -> String {
-    let headers = [include_str!("../include/nvptx/lane.h"), include_str!("../include/nvptx/simdgroup_matrix.h")]
-        .map(|header| header.replace("#pragma once", "").replace("namespace metal", "namespace nvidia"));
     format!(
-        "#include <metal_stdlib>\nusing namespace metal;\ntypedef {} left_scalar;\ntypedef {} right_scalar;\n#define TRANSPOSED {transposed}\n\
-         #define MSL_FLOAT_PRODUCTS {float_products}\n{INSTRUCTIONS}{}{KERNEL}",
+        "{}typedef {} left_scalar;\ntypedef {} right_scalar;\n#define TRANSPOSED {transposed}\n{KERNEL}",
+        headers(&[include_str!("../include/nvptx/simdgroup_matrix.h")], float_products),
         types[0],
         types[1],
-        headers.concat()
     )
-}
-
-/// 64 numbers without symmetry, in [-1, 1), with all the digits of a float.
-fn numbers(seed: u64) -> Vec<f32> {
-    let mut state = seed;
-    let step = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    };
-    std::iter::repeat_with(step).take(64).collect()
 }
 
 /// Runs the product of matrices that were rounded to their types and returns the largest error.
@@ -102,9 +39,9 @@ fn largest_error<A: Element, B: Element>(
     left: impl Fn(f32) -> (A, f64),
     right: impl Fn(f32) -> (B, f64),
 ) -> f64 {
-    let (a, exact_a): (Vec<A>, Vec<f64>) = numbers(1).into_iter().map(left).unzip();
-    let (b, exact_b): (Vec<B>, Vec<f64>) = numbers(2).into_iter().map(right).unzip();
-    let c = numbers(3);
+    let (a, exact_a): (Vec<A>, Vec<f64>) = numbers(1, 64).into_iter().map(left).unzip();
+    let (b, exact_b): (Vec<B>, Vec<f64>) = numbers(2, 64).into_iter().map(right).unzip();
+    let c = numbers(3, 64);
     let simulator = Simulator::new(Options::new(Layer::Fast));
     let pipeline = simulator.pipeline(&text(types, transposed, float_products), "product").unwrap();
     let buffers = (

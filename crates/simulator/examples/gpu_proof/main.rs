@@ -3,15 +3,20 @@
 //!
 //! `make gpu-proof`, or with arguments:
 //! - `--programs FOLDER`: where translated kernels are kept (default `target/gpu-proof`)
-//! - `--translate`: only fill that folder, which needs clang and no GPU; a machine with a GPU then needs no clang
+//! - `--translate`: only fill that folder, with the kernels of all parts; needs clang and no GPU, and a machine with a GPU
+//!   then needs no clang
 //! - `--peer FILE`: the Python file of `mtlflashattn` 0.2.0 that holds its kernels
-//! - `--numerics`, `--timing`, `--tiles`, `--smoke`: only this part; `--smoke` is small, for compute-sanitizer
+//! - `--numerics`, `--timing`, `--tiles`, `--smoke`, `--profile`: only this part. `--smoke` is small, for
+//!   compute-sanitizer; `--profile` launches each kernel of the timing table three times, for ncu
+//! - `--only TEXT`: only kernels in whose line `TEXT` stands, the name of the shape included; several must all stand there
 #![allow(clippy::print_stdout, reason = "prints a report")]
 
 mod numerics;
 mod peer;
 mod programs;
 mod random;
+mod shape;
+mod tiles;
 mod timing;
 
 use std::path::PathBuf;
@@ -28,21 +33,35 @@ struct Arguments {
     programs: Option<PathBuf>,
     peer: Option<PathBuf>,
     translate: bool,
-    /// Names of parts; all of them if empty, but for the tiles and the smoke test.
+    /// Names of parts; the numbers and the timing table if empty.
     parts: Vec<String>,
+    wanted: Wanted,
 }
+
+/// Which kernels are run.
+#[derive(Debug, Default)]
+struct Wanted(Vec<String>);
+
+impl Wanted {
+    fn includes(&self, line: &str) -> bool {
+        self.0.iter().all(|text| line.contains(text))
+    }
+}
+
+const PARTS: [&str; 5] = ["--smoke", "--numerics", "--timing", "--tiles", "--profile"];
 
 impl Arguments {
     fn parse() -> Result<Self, String> {
         let mut arguments = Self::default();
         let mut words = std::env::args().skip(1);
         while let Some(word) = words.next() {
-            let mut path = || words.next().map(PathBuf::from).ok_or_else(|| format!("{word} needs a path"));
+            let mut next = || words.next().ok_or_else(|| format!("{word} needs a value"));
             match word.as_str() {
-                "--programs" => arguments.programs = Some(path()?),
-                "--peer" => arguments.peer = Some(path()?),
+                "--programs" => arguments.programs = Some(next()?.into()),
+                "--peer" => arguments.peer = Some(next()?.into()),
+                "--only" => arguments.wanted.0.push(next()?),
                 "--translate" => arguments.translate = true,
-                "--numerics" | "--timing" | "--tiles" | "--smoke" => arguments.parts.push(word),
+                part if PARTS.contains(&part) => arguments.parts.push(word),
                 _ => return Err(format!("unknown argument {word}")),
             }
         }
@@ -50,8 +69,11 @@ impl Arguments {
     }
 
     fn wants(&self, part: &str) -> bool {
-        self.parts.iter().any(|wanted| wanted == part)
-            || (self.parts.is_empty() && ["--numerics", "--timing"].contains(&part))
+        if self.parts.is_empty() {
+            self.translate || ["--numerics", "--timing"].contains(&part)
+        } else {
+            self.parts.iter().any(|wanted| wanted == part)
+        }
     }
 }
 
@@ -81,18 +103,22 @@ fn run() -> Result<bool, String> {
     let folder = arguments.programs.clone().unwrap_or_else(|| PathBuf::from("target/gpu-proof"));
     let peer = arguments.peer.as_deref().map(peer::Peer::read).transpose()?;
     let programs = Programs::new(gpu.as_ref(), folder)?;
+    let (peer, wanted) = (peer.as_ref(), &arguments.wanted);
     let mut all_right = true;
     if arguments.wants("--smoke") {
-        all_right &= numerics::run(&programs, &numerics::small_cases())?;
+        all_right &= numerics::run(&programs, &numerics::small_cases(), wanted)?;
     }
     if arguments.wants("--numerics") {
-        all_right &= numerics::run(&programs, &numerics::large_cases())?;
+        all_right &= numerics::run(&programs, &numerics::large_cases(), wanted)?;
     }
     if arguments.wants("--timing") {
-        timing::compare(&programs, peer.as_ref())?;
+        timing::compare(&programs, peer, false, wanted)?;
     }
     if arguments.wants("--tiles") {
-        timing::tiles(&programs, peer.as_ref())?;
+        timing::compare(&programs, peer, true, wanted)?;
+    }
+    if arguments.wants("--profile") {
+        timing::profile(&programs, peer, wanted)?;
     }
     Ok(all_right)
 }

@@ -4,9 +4,8 @@ use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use mtlflashattn_core::plan::{MetalTile, QueryHome};
-use mtlflashattn_core::reference::bounds::{Arithmetic, error_bounds_of};
-use mtlflashattn_core::reference::{ReferenceInputs, forward};
+use mtlflashattn_core::reference::bounds::{Arithmetic, Bounds, error_bounds_of};
+use mtlflashattn_core::reference::{Forward, ReferenceInputs, forward};
 use mtlflashattn_core::{Dtype, Options, Problem, TensorMeta};
 use mtlflashattn_metal::{Kernel, Launch, LseStrides, Outputs, Tensors};
 use mtlflashattn_simulator::nvidia::{Gpu, Memory, Program};
@@ -14,8 +13,9 @@ use mtlflashattn_simulator::ptx::FloatProducts;
 
 use crate::programs::{self, Programs};
 use crate::random::{Normals, Random, decode};
+use crate::{Wanted, tiles};
 
-/// A problem and the tiles to run it with; `None` is the scalar kernel.
+/// A problem, and how much of the results is checked.
 pub struct Case {
     dtype: Dtype,
     /// Query and key length of each sequence; several are packed.
@@ -26,38 +26,16 @@ pub struct Case {
     causal: bool,
     window: (i64, i64),
     softcap: f64,
-    tiles: Vec<Option<MetalTile>>,
+    /// Only the scalar kernel; otherwise only the others.
+    scalar: bool,
     /// Rows that are compared with float64.
     samples: usize,
     /// Launches after the first one, whose results must be the same bit for bit.
     repeats: usize,
 }
 
-/// A tile that reads K and V from device memory.
-pub const fn direct(simdgroups: usize, row_fragments: usize, keys: usize, value_chunk: usize) -> MetalTile {
-    MetalTile { simdgroups, row_fragments, keys, staged: false, value_chunk, query: QueryHome::Registers }
-}
-
-/// A tile that copies K and V to threadgroup memory.
-pub const fn staged(simdgroups: usize, row_fragments: usize, keys: usize, value_chunk: usize) -> MetalTile {
-    MetalTile { simdgroups, row_fragments, keys, staged: true, value_chunk, query: QueryHome::Registers }
-}
-
-const fn parked(tile: MetalTile) -> MetalTile {
-    MetalTile { query: QueryHome::Threadgroup, ..tile }
-}
-
-/// The least problem of a case: fp16, one sequence, one head.
+/// The least problem of a case: one sequence, one head.
 fn case(dtype: Dtype, lengths: &[(usize, usize)], head_dim: usize) -> Case {
-    let chunk = head_dim.next_multiple_of(8);
-    let (wide, keys) = if chunk > 128 { (128, 16) } else { (chunk, 32) };
-    let mut tiles = vec![Some(direct(4, 1, keys, wide))];
-    if chunk <= 128 {
-        tiles.push(Some(parked(direct(2, 2, 16, chunk))));
-        tiles.push(Some(staged(4, 1, if dtype == Dtype::F32 { 16 } else { 32 }, chunk)));
-    } else {
-        tiles.push(Some(parked(staged(2, 1, if dtype == Dtype::F32 { 8 } else { 16 }, wide))));
-    }
     Case {
         dtype,
         lengths: lengths.to_vec(),
@@ -67,7 +45,7 @@ fn case(dtype: Dtype, lengths: &[(usize, usize)], head_dim: usize) -> Case {
         causal: false,
         window: (-1, -1),
         softcap: 0.0,
-        tiles,
+        scalar: false,
         samples: 48,
         repeats: 4,
     }
@@ -81,7 +59,7 @@ pub fn large_cases() -> Vec<Case> {
             cases.push(Case { group: 2, ..case(dtype, &[(4096, 4096)], head_dim) });
             cases.push(Case { causal: true, key_heads: 2, ..case(dtype, &[(2111, 3001)], head_dim) });
         }
-        cases.push(Case { tiles: vec![None], ..case(dtype, &[(1021, 2043)], 96) });
+        cases.push(Case { scalar: true, ..case(dtype, &[(1021, 2043)], 96) });
         cases.push(Case { causal: true, ..case(dtype, &[(32_768, 32_768)], 64) });
         cases.push(Case { window: (1000, 24), ..case(dtype, &[(32_768, 32_768)], 128) });
     }
@@ -100,7 +78,7 @@ pub fn small_cases() -> Vec<Case> {
     let small = |case: Case| Case { samples: 16, repeats: 1, ..case };
     let mut cases = Vec::new();
     for dtype in [Dtype::F16, Dtype::Bf16, Dtype::F32] {
-        cases.push(small(Case { tiles: vec![None], causal: true, ..case(dtype, &[(70, 133)], 64) }));
+        cases.push(small(Case { scalar: true, causal: true, ..case(dtype, &[(70, 133)], 64) }));
         cases.push(small(Case { causal: true, group: 2, ..case(dtype, &[(133, 261)], 64) }));
         cases.push(small(case(dtype, &[(70, 99)], 128)));
         cases.push(small(case(dtype, &[(37, 70)], 256)));
@@ -109,25 +87,31 @@ pub fn small_cases() -> Vec<Case> {
     cases
 }
 
-/// Runs the cases and prints a line for each tile. Whether all of them are right.
-pub fn run(programs: &Programs, cases: &[Case]) -> Result<bool, String> {
-    let problems: Vec<Problem> = cases.iter().map(Case::problem).collect();
-    // Causal problems take the kernels for tensors that may lie anywhere, so that both forms run.
-    let kernel_of = |problem: &Problem, causal: bool, tile: Option<MetalTile>| {
-        let kernel = tile.map_or_else(|| Kernel::scalar(problem, true), |tile| Kernel::simdgroup(problem, tile, true));
-        if causal { kernel } else { kernel.aligned(problem, [0; 3]) }
-    };
-    let kernels: Vec<Vec<Kernel>> = cases
-        .iter()
-        .zip(&problems)
-        .map(|(case, problem)| case.tiles.iter().map(|&tile| kernel_of(problem, case.causal, tile)).collect())
-        .collect();
-    if let Some(kernel) = kernels.iter().flatten().find(|kernel| !kernel.fits()) {
-        return Err(format!("{:?} does not fit in threadgroup memory", kernel.tile));
+/// A case with its kernels.
+struct Run<'a> {
+    case: &'a Case,
+    problem: Problem,
+    kernels: Vec<Kernel>,
+}
+
+impl<'a> Run<'a> {
+    fn new(case: &'a Case, wanted: &Wanted) -> Self {
+        let problem = case.problem();
+        let mut kernels =
+            if case.scalar { vec![Kernel::scalar(&problem, true)] } else { tiles::proved(&problem, case.causal) };
+        kernels.retain(|kernel| wanted.includes(&format!("{case} {}", tiles::name(kernel))));
+        Self { case, problem, kernels }
     }
-    let texts: Vec<programs::Kernel> = kernels
-        .iter()
-        .flatten()
+}
+
+/// Runs the cases and prints a line for each kernel. Whether all of them are right.
+pub fn run(programs: &Programs, cases: &[Case], wanted: &Wanted) -> Result<bool, String> {
+    let runs: Vec<Run<'_>> = cases.iter().map(|case| Run::new(case, wanted)).collect();
+    let kernels = || runs.iter().flat_map(|run| &run.kernels);
+    if let Some(kernel) = kernels().find(|kernel| !kernel.fits()) {
+        return Err(format!("{} does not fit in threadgroup memory", tiles::name(kernel)));
+    }
+    let texts: Vec<programs::Kernel> = kernels()
         .map(|kernel| programs::Kernel {
             source: kernel.source(),
             entry: kernel.entry(),
@@ -138,9 +122,9 @@ pub fn run(programs: &Programs, cases: &[Case]) -> Result<bool, String> {
     let mut loaded = loaded.iter();
     println!("numbers on {}: error / bound on sampled rows, largest error of out", gpu.name());
     let mut all_right = true;
-    for ((case, problem), kernels) in cases.iter().zip(&problems).zip(&kernels) {
-        let data = Data::new(case, problem);
-        let samples = data.samples(case, problem);
+    for Run { case, problem, kernels } in runs.iter().filter(|run| !run.kernels.is_empty()) {
+        let data = Data::new(case);
+        let samples = data.samples(case, problem, kernels);
         for kernel in kernels {
             let program = loaded.next().ok_or("a program for every kernel")?;
             let verdict = check(gpu, program, kernel, case, problem, &data, &samples);
@@ -149,14 +133,10 @@ pub fn run(programs: &Programs, cases: &[Case]) -> Result<bool, String> {
                 Err(message) => (false, message),
             };
             all_right &= right;
-            println!("{} {case} {}: {text}", if right { "ok  " } else { "FAIL" }, describe(kernel));
+            println!("{} {case} {}: {text}", if right { "ok  " } else { "FAIL" }, tiles::name(kernel));
         }
     }
     Ok(all_right)
-}
-
-fn describe(kernel: &Kernel) -> String {
-    if kernel.head_dim.is_some() { kernel.tile.to_string() } else { "scalar".to_owned() }
 }
 
 impl std::fmt::Display for Case {
@@ -229,14 +209,19 @@ struct Data {
 struct Sample {
     row: usize,
     head: usize,
-    out: Vec<f64>,
-    out_bounds: Vec<f64>,
-    lse: f64,
-    lse_bound: f64,
+    exact: Forward,
+    bounds: Vec<(Arithmetic, Bounds)>,
+}
+
+impl Sample {
+    fn bounds(&self, kernel: &Kernel) -> &Bounds {
+        let bounds = self.bounds.iter().find(|(arithmetic, _)| *arithmetic == kernel.arithmetic());
+        &bounds.expect("bounds for the arithmetic of every kernel").1
+    }
 }
 
 impl Data {
-    fn new(case: &Case, _problem: &Problem) -> Self {
+    fn new(case: &Case) -> Self {
         let mut random = Random(0x5eed);
         let (query_rows, key_rows) = case.total();
         let mut normals =
@@ -259,7 +244,13 @@ impl Data {
 
     /// Rows of random sequences and heads, the first and the last among them, each computed as a problem of its own:
     /// one query, and the keys that it sees.
-    fn samples(&self, case: &Case, problem: &Problem) -> Vec<Sample> {
+    fn samples(&self, case: &Case, problem: &Problem, kernels: &[Kernel]) -> Vec<Sample> {
+        let mut arithmetics: Vec<Arithmetic> = Vec::new();
+        for kernel in kernels {
+            if !arithmetics.contains(&kernel.arithmetic()) {
+                arithmetics.push(kernel.arithmetic());
+            }
+        }
         let mut random = Random(7);
         let rows = case.total().0;
         let picked: Vec<(usize, usize)> = (0..case.samples)
@@ -277,7 +268,7 @@ impl Data {
             for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
                 scope.spawn(|| {
                     while let Some(&(row, head)) = picked.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        let sample = self.sample(case, problem, row, head);
+                        let sample = self.sample(case, problem, &arithmetics, row, head);
                         samples.lock().expect("no thread panics").push(sample);
                     }
                 });
@@ -286,7 +277,7 @@ impl Data {
         samples.into_inner().expect("no thread panics")
     }
 
-    fn sample(&self, case: &Case, problem: &Problem, row: usize, head: usize) -> Sample {
+    fn sample(&self, case: &Case, problem: &Problem, arithmetics: &[Arithmetic], row: usize, head: usize) -> Sample {
         let sequence = self.offsets[0].iter().rposition(|&start| start as usize <= row).unwrap_or(0);
         let sequence = sequence.min(case.lengths.len() - 1);
         let (query_len, key_len) = case.lengths[sequence];
@@ -303,17 +294,15 @@ impl Data {
         let alone = Case { lengths: vec![(1, visible.len())], key_heads: 1, group: 1, causal: false, ..case.plain() };
         let problem = alone.problem();
         let inputs = ReferenceInputs { q: &q, k: &k, v: &v, ..ReferenceInputs::default() };
-        let exact = forward(&problem, &inputs);
-        let weights = if case.tiles == [None] { Dtype::F32 } else { case.dtype };
-        let bounds = error_bounds_of(Arithmetic::metal(weights), &problem, &inputs);
-        Sample { row, head, out: exact.out, out_bounds: bounds.out, lse: exact.lse[0], lse_bound: bounds.lse[0] }
+        let bounds = |&arithmetic| (arithmetic, error_bounds_of(arithmetic, &problem, &inputs));
+        Sample { row, head, exact: forward(&problem, &inputs), bounds: arithmetics.iter().map(bounds).collect() }
     }
 }
 
 impl Case {
-    /// The same problem without mask and tiles.
+    /// The same problem without lengths and mask.
     fn plain(&self) -> Self {
-        Self { lengths: Vec::new(), window: (-1, -1), causal: false, tiles: Vec::new(), ..*self }
+        Self { lengths: Vec::new(), window: (-1, -1), causal: false, ..*self }
     }
 }
 
@@ -365,7 +354,7 @@ fn check(
             return Err(format!("launch {} differs from the first", repeat + 2));
         }
     }
-    judge(case, &results.0, &results.1, samples)
+    judge(case, kernel, &results.0, &results.1, samples)
 }
 
 fn borrowed(tensors: &Tensors<Memory>) -> Tensors<&Memory> {
@@ -382,7 +371,7 @@ fn borrowed(tensors: &Tensors<Memory>) -> Tensors<&Memory> {
     }
 }
 
-fn judge(case: &Case, out: &[u8], lse: &[u8], samples: &[Sample]) -> Result<Verdict, String> {
+fn judge(case: &Case, kernel: &Kernel, out: &[u8], lse: &[u8], samples: &[Sample]) -> Result<Verdict, String> {
     let (size, dim, heads) = (case.dtype.size(), case.head_dim, case.query_heads());
     let unwritten = out.chunks_exact(size).filter(|bytes| decode(case.dtype, bytes).is_nan()).count()
         + lse.chunks_exact(4).filter(|bytes| decode(Dtype::F32, bytes).is_nan()).count();
@@ -399,14 +388,15 @@ fn judge(case: &Case, out: &[u8], lse: &[u8], samples: &[Sample]) -> Result<Verd
     let (mut largest, total) = (0.0_f64, case.total().0);
     for sample in samples {
         let at = (sample.row * heads + sample.head) * dim;
+        let bounds = sample.bounds(kernel);
         for ((bytes, &want), &bound) in
-            out[at * size..(at + dim) * size].chunks_exact(size).zip(&sample.out).zip(&sample.out_bounds)
+            out[at * size..(at + dim) * size].chunks_exact(size).zip(&sample.exact.out).zip(&bounds.out)
         {
             largest = largest.max(compare(decode(case.dtype, bytes), want, bound));
         }
         // Of one dense sequence as of packed ones: [heads, rows].
         let at = (sample.head * total + sample.row) * 4;
-        compare(decode(Dtype::F32, &lse[at..at + 4]), sample.lse, sample.lse_bound);
+        compare(decode(Dtype::F32, &lse[at..at + 4]), sample.exact.lse[0], bounds.lse[0]);
     }
     verdict.error = largest;
     Ok(verdict)

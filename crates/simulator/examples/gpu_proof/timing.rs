@@ -1,70 +1,87 @@
 //! Speed of kernels that all took the same way, measured in turn: one launch of each, again and again, medians.
 
-use mtlflashattn_core::plan::{MetalTile, QueryHome};
-use mtlflashattn_core::{Dtype, Options, Problem, TensorMeta};
-use mtlflashattn_metal::{Argument, Kernel, Launch, Outputs, Tensors};
+use mtlflashattn_core::{Dtype, Tier};
+use mtlflashattn_metal::{Argument, DeviceError, Kernel, Launch, Outputs, Tensors};
 use mtlflashattn_simulator::nvidia::{self, Gpu, Memory, Program};
 use mtlflashattn_simulator::ptx::FloatProducts;
 
-use crate::numerics::{direct, staged};
-use crate::peer::{self, Peer, Shape};
+use crate::Wanted;
+use crate::peer::{self, Peer, PeerKernel, PeerTier};
 use crate::programs::{self, Programs};
 use crate::random::{Normals, Random, decode};
+use crate::shape::Shape;
+use crate::tiles;
 
+/// Launches that count, and launches before them.
 const ROUNDS: usize = 21;
-
-/// The shapes of the table.
-fn shapes() -> Vec<Shape> {
-    let shape = |head_dim, causal| Shape { batch: 4, heads: 16, len: 2048, head_dim, causal };
-    vec![shape(64, false), shape(64, true), shape(128, false), shape(128, true)]
-}
+const WARM_UP: usize = 2;
+/// Launches that count of a scalar kernel.
+const SLOW_ROUNDS: usize = 3;
+/// Launches of a kernel that a profiler watches.
+const PROFILED: usize = 3;
 
 /// What is timed.
-#[derive(Clone)]
 enum Candidate {
     Ours(Box<Kernel>),
-    Peer(&'static str),
+    Peer(PeerKernel),
+}
+
+/// What the columns of the last table are about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Group {
+    Ours(Tier),
+    Peer(PeerTier),
 }
 
 impl Candidate {
     fn name(&self) -> String {
         match self {
-            Self::Ours(kernel) if kernel.head_dim.is_some() => kernel.tile.to_string(),
-            Self::Ours(_) => "scalar".to_owned(),
-            Self::Peer(entry) => format!("0.2.0 {entry}"),
+            Self::Ours(kernel) => tiles::name(kernel),
+            Self::Peer(kernel) => format!("0.2.0 {}", kernel.tier.name()),
         }
     }
 
-    fn program(&self, peer: Option<&Peer>) -> programs::Kernel {
+    fn group(&self) -> Group {
+        match self {
+            Self::Ours(kernel) => Group::Ours(kernel.tier),
+            Self::Peer(kernel) => Group::Peer(kernel.tier),
+        }
+    }
+
+    fn program(&self, peer: Option<&Peer>, shape: Shape) -> programs::Kernel {
         let (source, entry) = match self {
             Self::Ours(kernel) => (kernel.source(), kernel.entry()),
-            Self::Peer(entry) => (peer.map_or_else(String::new, |peer| peer.text.clone()), *entry),
+            Self::Peer(kernel) => {
+                (peer.map_or_else(String::new, |peer| peer.source(*kernel, shape.head_dim)), kernel.entry())
+            }
         };
         programs::Kernel { source, entry, float_products: FloatProducts::Split }
     }
 
-    /// The scalar kernel of 0.2.0 takes float32.
     fn dtype(&self) -> Dtype {
-        if matches!(self, Self::Peer(Peer::SCALAR)) { Dtype::F32 } else { Dtype::F16 }
-    }
-
-    fn is_slow(&self) -> bool {
         match self {
-            Self::Ours(kernel) => kernel.head_dim.is_none(),
-            Self::Peer(entry) => *entry == Peer::SCALAR,
+            Self::Ours(kernel) => kernel.dtype,
+            Self::Peer(kernel) => kernel.dtype,
         }
     }
+
+    fn is_scalar(&self) -> bool {
+        matches!(self.group(), Group::Ours(Tier::Scalar) | Group::Peer(PeerTier::V0))
+    }
 }
 
-fn problem(shape: Shape) -> Problem {
-    let [batch, heads, len, dim] = [shape.batch, shape.heads, shape.len, shape.head_dim].map(|size| size as i64);
-    let (sizes, strides) = ([batch, len, heads, dim], [heads * len * dim, dim, len * dim, 1]);
-    let meta = || TensorMeta { dtype: Dtype::F16, shape: &sizes, strides: &strides };
-    let options = Options { causal: shape.causal, window: (-1, -1), ..Options::default() };
-    Problem::dense(meta(), meta(), meta(), &options).expect("the shape is valid")
+/// Our kernels and those of 0.2.0 for a shape, as far as they are wanted.
+fn candidates(ours: Vec<Kernel>, peer: Option<&Peer>, shape: Shape, wanted: &Wanted) -> Vec<Candidate> {
+    let mut candidates: Vec<Candidate> = ours.into_iter().map(|kernel| Candidate::Ours(Box::new(kernel))).collect();
+    if peer.is_some() {
+        let kernels = PeerTier::ALL.into_iter().filter_map(|tier| PeerKernel::of(tier, shape.dtype));
+        candidates.extend(kernels.map(Candidate::Peer));
+    }
+    candidates.retain(|candidate| wanted.includes(&format!("{shape} {}", candidate.name())));
+    candidates
 }
 
-/// Tensors of a shape in both types.
+/// Tensors of a shape in the types in use.
 struct Data {
     inputs: Vec<(Dtype, [Memory; 3])>,
     /// One output for all, as large as the largest.
@@ -72,26 +89,50 @@ struct Data {
 }
 
 impl Data {
-    fn new(gpu: &Gpu, shape: Shape, dtypes: &[Dtype]) -> Result<Self, String> {
-        let count = shape.batch * shape.heads * shape.len * shape.head_dim;
-        let inputs = dtypes.iter().map(|&dtype| {
+    fn new(gpu: &Gpu, shape: Shape, candidates: &[&Candidate]) -> Result<Self, DeviceError> {
+        let used = |dtype: &Dtype| candidates.iter().any(|candidate| candidate.dtype() == *dtype);
+        let inputs = [Dtype::F16, Dtype::Bf16, Dtype::F32].into_iter().filter(used).map(|dtype| {
             let mut random = Random(1);
-            let mut upload =
-                || gpu.upload(&Normals::new(dtype, count, &mut random).bytes).map_err(|error| error.to_string());
+            let mut upload = || gpu.upload(&Normals::new(dtype, shape.elements(), &mut random).bytes);
             Ok((dtype, [upload()?, upload()?, upload()?]))
         });
-        let inputs = inputs.collect::<Result<_, String>>()?;
-        let out = gpu.poisoned(count * 4).map_err(|error| error.to_string())?;
-        Ok(Self { inputs, out })
+        Ok(Self { inputs: inputs.collect::<Result<_, _>>()?, out: gpu.poisoned(shape.elements() * 4)? })
     }
 
     fn of(&self, dtype: Dtype) -> &[Memory; 3] {
         &self.inputs.iter().find(|(candidate, _)| *candidate == dtype).expect("tensors of every type in use").1
     }
+
+    fn prepare<'a>(
+        &self,
+        gpu: &Gpu,
+        shape: Shape,
+        candidate: &Candidate,
+        program: &'a Program,
+    ) -> Result<nvidia::Launch<'a>, DeviceError> {
+        let [q, k, v] = self.of(candidate.dtype());
+        match candidate {
+            Candidate::Ours(kernel) => {
+                let problem = shape.problem();
+                let outputs = Outputs { out: problem.q, lse: None };
+                let launch = Launch::new(&problem, kernel, &outputs).expect("the shape is within the limits");
+                let (out, lse) = (&self.out, None);
+                let tensors = Tensors { q, k, v, out, lse, offsets: None, alibi_slopes: None, bias: None, sinks: None };
+                gpu.prepare(program, &launch.arguments(&tensors), launch.grid)
+            }
+            Candidate::Peer(kernel) => {
+                let (sizes, factors) = (gpu.upload(&kernel.sizes(shape))?, gpu.upload(&peer::factors(shape))?);
+                let arguments = [q, k, v, &self.out, &sizes, &factors, &factors].map(Argument::Buffer);
+                gpu.prepare(program, &arguments, kernel.grid(shape))
+            }
+        }
+    }
 }
 
+/// A row of a table.
 struct Timed {
     name: String,
+    group: Group,
     milliseconds: f64,
     tflops: f64,
     registers: usize,
@@ -99,184 +140,198 @@ struct Timed {
     threadgroup: usize,
 }
 
-/// Our best tiles beside the kernels of 0.2.0.
-pub fn compare(programs: &Programs, peer: Option<&Peer>) -> Result<(), String> {
-    for shape in shapes() {
-        let problem = problem(shape);
-        let dim = shape.head_dim;
-        let tiles = [staged(4, 1, 32, dim), staged(4, 2, 16, dim), direct(4, 1, 16, dim), direct(4, 2, 16, dim)];
-        let mut candidates = vec![Candidate::Ours(Box::new(Kernel::scalar(&problem, false)))];
-        candidates.extend(
-            tiles.map(|tile| {
-                Candidate::Ours(Box::new(Kernel::simdgroup(&problem, tile, false).aligned(&problem, [0; 3])))
-            }),
-        );
-        if peer.is_some() {
-            candidates.extend([Candidate::Peer(Peer::SCALAR), Candidate::Peer(Peer::SIMDGROUP)]);
-        }
-        report(programs, peer, shape, &candidates)?;
-    }
-    Ok(())
-}
+/// Candidates with their programs.
+type Loaded = Vec<(Candidate, Program)>;
 
-/// Every tile that has a chance.
-pub fn tiles(programs: &Programs, peer: Option<&Peer>) -> Result<(), String> {
-    for shape in shapes() {
-        let problem = problem(shape);
-        let mut candidates: Vec<Candidate> = candidate_tiles(shape.head_dim)
-            .into_iter()
-            .map(|tile| Kernel::simdgroup(&problem, tile, false).aligned(&problem, [0; 3]))
-            .filter(Kernel::fits)
-            .map(|kernel| Candidate::Ours(Box::new(kernel)))
-            .collect();
-        if peer.is_some() {
-            candidates.push(Candidate::Peer(Peer::SIMDGROUP));
-        }
-        report(programs, peer, shape, &candidates)?;
-    }
-    Ok(())
-}
-
-fn candidate_tiles(head_dim: usize) -> Vec<MetalTile> {
-    let mut tiles = Vec::new();
-    for row_fragments in [1, 2] {
-        for keys in [8, 16, 32, 64] {
-            if keys * row_fragments <= 64 {
-                tiles.push(direct(4, row_fragments, keys, head_dim));
-                tiles.push(staged(4, row_fragments, keys, head_dim));
-            }
-        }
-    }
-    for simdgroups in [1, 2, 8] {
-        tiles.push(direct(simdgroups, 1, 16, head_dim));
-        tiles.push(staged(simdgroups, 1, 32, head_dim));
-    }
-    tiles.push(staged(8, 2, 32, head_dim));
-    for tile in [direct(4, 1, 16, head_dim), staged(4, 1, 32, head_dim), staged(4, 2, 32, head_dim)] {
-        tiles.push(MetalTile { query: QueryHome::Threadgroup, ..tile });
-    }
-    tiles
-}
-
-fn report(programs: &Programs, peer: Option<&Peer>, shape: Shape, candidates: &[Candidate]) -> Result<(), String> {
-    let texts: Vec<programs::Kernel> = candidates.iter().map(|candidate| candidate.program(peer)).collect();
-    let loaded = programs.load(&texts)?;
-    let (Some(loaded), Some(gpu)) = (loaded, programs.gpu) else {
+/// Translates and loads the candidates of a shape. Without a GPU there is nothing more to do.
+fn load(
+    programs: &Programs,
+    peer: Option<&Peer>,
+    shape: Shape,
+    candidates: Vec<Candidate>,
+) -> Result<Option<Loaded>, String> {
+    let texts: Vec<programs::Kernel> = candidates.iter().map(|candidate| candidate.program(peer, shape)).collect();
+    let Some(loaded) = programs.load(&texts)? else {
         for (candidate, text) in candidates.iter().zip(&texts) {
-            println!("{} D{} {}", programs.path(text).display(), shape.head_dim, candidate.name());
+            println!("{} {shape} {}", programs.path(text).display(), candidate.name());
         }
-        return Ok(());
+        return Ok(None);
     };
-    let mut timed = measure(gpu, shape, candidates, &loaded)?;
-    let Shape { batch, heads, len, head_dim, causal } = shape;
-    println!(
-        "\n{}: B{batch} H{heads} L{len} D{head_dim} fp16{}; medians of {ROUNDS} interleaved launches",
-        gpu.name(),
-        if causal { " causal" } else { "" }
-    );
-    let baseline = timed.iter().find(|timed| timed.name.ends_with(Peer::SIMDGROUP)).map(|timed| timed.tflops);
-    timed.sort_by(|a, b| b.tflops.total_cmp(&a.tflops));
-    println!("| kernel | ms | TFLOP/s | over {} | registers | stack | threadgroup |", Peer::SIMDGROUP);
-    println!("| --- | --- | --- | --- | --- | --- | --- |");
-    for Timed { name, milliseconds, tflops, registers, stack, threadgroup } in timed {
-        let over = baseline.map_or_else(String::new, |baseline| format!("{:.2}", tflops / baseline));
-        println!("| {name} | {milliseconds:.3} | {tflops:.2} | {over} | {registers} | {stack} | {threadgroup} |");
+    Ok(Some(candidates.into_iter().zip(loaded).collect()))
+}
+
+/// Leaves out what spills: such a tile says something about this GPU's registers alone.
+fn without_spills(loaded: Loaded) -> Result<Loaded, String> {
+    let mut kept = Vec::new();
+    for (candidate, program) in loaded {
+        let stack = program.stack_bytes()?;
+        if stack > 0 && !candidate.is_scalar() && matches!(candidate, Candidate::Ours(_)) {
+            println!("left out, {stack} bytes of registers spilled: {}", candidate.name());
+        } else {
+            kept.push((candidate, program));
+        }
+    }
+    Ok(kept)
+}
+
+/// Our best tiles beside the kernels of 0.2.0; every tile that has a chance if `every`.
+pub fn compare(programs: &Programs, peer: Option<&Peer>, every: bool, wanted: &Wanted) -> Result<(), String> {
+    let mut results = Vec::new();
+    for shape in Shape::all() {
+        let problem = shape.problem();
+        let ours = if every { tiles::all(&problem) } else { tiles::best(&problem) };
+        let Some(loaded) = load(programs, peer, shape, candidates(ours, peer, shape, wanted))? else { continue };
+        let Some(gpu) = programs.gpu.filter(|_| !loaded.is_empty()) else { continue };
+        println!("\n{}: {shape}; medians of {ROUNDS} interleaved launches", gpu.name());
+        let loaded = without_spills(loaded)?;
+        let timed = measure(gpu, shape, &loaded).map_err(|error| error.to_string())?;
+        print_table(&timed);
+        results.push((shape, timed));
+    }
+    if let Some(gpu) = programs.gpu {
+        print_summary(gpu, &results);
     }
     Ok(())
 }
 
-fn measure(gpu: &Gpu, shape: Shape, candidates: &[Candidate], loaded: &[Program]) -> Result<Vec<Timed>, String> {
-    let text = |error: mtlflashattn_metal::DeviceError| error.to_string();
-    let problem = problem(shape);
-    let dtypes: Vec<Dtype> =
-        [Dtype::F16, Dtype::F32].into_iter().filter(|&dtype| candidates.iter().any(|it| it.dtype() == dtype)).collect();
-    let data = Data::new(gpu, shape, &dtypes)?;
-    let [sizes, factors] = [Peer::SCALAR, Peer::SIMDGROUP]
-        .map(|entry| (gpu.upload(&peer::sizes(entry, shape)), gpu.upload(&peer::factors(shape))))
-        .map(|(sizes, factors)| sizes.and_then(|sizes| factors.map(|factors| (sizes, factors))).map_err(text));
-    let lists = [sizes?, factors?];
-    let mut launches: Vec<nvidia::Launch<'_>> = Vec::new();
-    for (candidate, program) in candidates.iter().zip(loaded) {
-        let [q, k, v] = data.of(candidate.dtype());
-        launches.push(match candidate {
-            Candidate::Ours(kernel) => {
-                let outputs = Outputs { out: problem.q, lse: None };
-                let launch = Launch::new(&problem, kernel, &outputs).map_err(|error| error.to_string())?;
-                let tensors = Tensors {
-                    q,
-                    k,
-                    v,
-                    out: &data.out,
-                    lse: None,
-                    offsets: None,
-                    alibi_slopes: None,
-                    bias: None,
-                    sinks: None,
-                };
-                gpu.prepare(program, &launch.arguments(&tensors), launch.grid).map_err(text)?
+/// Launches each wanted kernel a few times, for a profiler to watch.
+pub fn profile(programs: &Programs, peer: Option<&Peer>, wanted: &Wanted) -> Result<(), String> {
+    let text = |error: DeviceError| error.to_string();
+    for shape in Shape::all() {
+        let ours = tiles::best(&shape.problem());
+        let Some(loaded) = load(programs, peer, shape, candidates(ours, peer, shape, wanted))? else { continue };
+        let Some(gpu) = programs.gpu.filter(|_| !loaded.is_empty()) else { continue };
+        let candidates: Vec<&Candidate> = loaded.iter().map(|(candidate, _)| candidate).collect();
+        let data = Data::new(gpu, shape, &candidates).map_err(text)?;
+        for (candidate, program) in &loaded {
+            println!("{shape} {}", candidate.name());
+            let launch = data.prepare(gpu, shape, candidate, program).map_err(text)?;
+            for _ in 0..PROFILED {
+                launch.enqueue().map_err(text)?;
             }
-            Candidate::Peer(entry) => {
-                let (sizes, factors) = &lists[usize::from(*entry == Peer::SIMDGROUP)];
-                let arguments = [q, k, v, &data.out, sizes, factors, factors].map(Argument::Buffer);
-                gpu.prepare(program, &arguments, peer::grid(entry, shape)).map_err(text)?
-            }
-        });
+            gpu.synchronize()?;
+        }
     }
-    agree(candidates, &launches, &data)?;
+    Ok(())
+}
+
+fn measure(gpu: &Gpu, shape: Shape, loaded: &Loaded) -> Result<Vec<Timed>, DeviceError> {
+    let failed = |reason| DeviceError::Dispatch { entry: "timing".to_owned(), reason };
+    let candidates: Vec<&Candidate> = loaded.iter().map(|(candidate, _)| candidate).collect();
+    let data = Data::new(gpu, shape, &candidates)?;
+    let launches: Vec<nvidia::Launch<'_>> = loaded
+        .iter()
+        .map(|(candidate, program)| data.prepare(gpu, shape, candidate, program))
+        .collect::<Result<_, _>>()?;
+    agree(shape, &candidates, &launches, &data)?;
     let mut times = vec![Vec::new(); launches.len()];
-    for round in 0..ROUNDS + 2 {
-        for ((launch, candidate), times) in launches.iter().zip(candidates).zip(&mut times) {
-            if candidate.is_slow() && round > 4 {
+    for round in 0..WARM_UP + ROUNDS {
+        for ((launch, candidate), times) in launches.iter().zip(&candidates).zip(&mut times) {
+            if candidate.is_scalar() && round >= WARM_UP + SLOW_ROUNDS {
                 continue;
             }
-            let milliseconds = gpu.time(|| launch.enqueue()).map_err(text)?;
-            if round >= 2 {
+            let milliseconds = gpu.time(|| launch.enqueue())?;
+            if round >= WARM_UP {
                 times.push(f64::from(milliseconds));
             }
         }
     }
-    let pairs = (shape.len * shape.len) as f64 * if shape.causal { 0.5 } else { 1.0 };
-    let flops = 4.0 * (shape.batch * shape.heads * shape.head_dim) as f64 * pairs;
-    candidates
-        .iter()
-        .zip(loaded)
-        .zip(&mut times)
-        .map(|((candidate, program), times)| {
-            times.sort_by(f64::total_cmp);
-            let milliseconds = times[times.len() / 2];
-            Ok(Timed {
-                name: candidate.name(),
-                milliseconds,
-                tflops: flops / milliseconds / 1e9,
-                registers: program.registers()?,
-                stack: program.stack_bytes()?,
-                threadgroup: program.threadgroup_bytes()?,
-            })
+    let timed = loaded.iter().zip(&mut times).map(|((candidate, program), times)| {
+        times.sort_by(f64::total_cmp);
+        let milliseconds = times[times.len() / 2];
+        Ok(Timed {
+            name: candidate.name(),
+            group: candidate.group(),
+            milliseconds,
+            tflops: shape.flops() / milliseconds / 1e9,
+            registers: program.registers().map_err(failed)?,
+            stack: program.stack_bytes().map_err(failed)?,
+            threadgroup: program.threadgroup_bytes().map_err(failed)?,
         })
-        .collect()
+    });
+    timed.collect()
 }
 
 /// Nothing is timed that does not compute the same: outputs differ by rounding alone.
-fn agree(candidates: &[Candidate], launches: &[nvidia::Launch<'_>], data: &Data) -> Result<(), String> {
+fn agree(
+    shape: Shape,
+    candidates: &[&Candidate],
+    launches: &[nvidia::Launch<'_>],
+    data: &Data,
+) -> Result<(), DeviceError> {
+    // The half and bfloat scores of 0.2.0 are good for about 2e-3 on these inputs.
+    let tolerance = if shape.dtype == Dtype::F32 { 1e-4 } else { 1e-2 };
     let mut first: Option<Vec<f64>> = None;
     for (candidate, launch) in candidates.iter().zip(launches) {
-        if candidate.dtype() == Dtype::F32 {
+        if candidate.dtype() != shape.dtype {
             continue;
         }
-        data.out.poison().map_err(|error| error.to_string())?;
-        launch.enqueue().map_err(|error| error.to_string())?;
-        let bytes = data.out.download().map_err(|error| error.to_string())?;
+        data.out.poison()?;
+        launch.enqueue()?;
+        let bytes = data.out.download()?;
+        let size = shape.dtype.size();
         // Every 1009th element: a prime, so that all columns take part.
-        let half = bytes.len() / 2;
-        let values: Vec<f64> =
-            bytes[..half].chunks_exact(2).step_by(1009).map(|bytes| decode(Dtype::F16, bytes)).collect();
+        let values: Vec<f64> = bytes[..shape.elements() * size]
+            .chunks_exact(size)
+            .step_by(1009)
+            .map(|bytes| decode(shape.dtype, bytes))
+            .collect();
         let first = first.get_or_insert_with(|| values.clone());
         let difference = first.iter().zip(&values).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-        let finite = values.iter().all(|value| value.is_finite());
-        // The half accumulators of 0.2.0 are good for about 2e-3 on these inputs.
-        if difference > 1e-2 || !finite {
-            return Err(format!("{}: differs by {difference:e} from {}", candidate.name(), candidates[0].name()));
+        if difference > tolerance || values.iter().any(|value| !value.is_finite()) {
+            let reason = format!("{}: differs by {difference:e} from {}", candidate.name(), candidates[0].name());
+            return Err(DeviceError::Dispatch { entry: shape.to_string(), reason });
         }
     }
     Ok(())
+}
+
+/// The kernels of a shape, the fastest first, with their speed in units of that of each kernel of 0.2.0.
+fn print_table(timed: &[Timed]) {
+    let peers: Vec<(PeerTier, f64)> =
+        PeerTier::ALL.iter().filter_map(|&tier| Some((tier, best_of(timed, Group::Peer(tier))?))).collect();
+    let over = peers.iter().fold(String::new(), |text, (tier, _)| text + " over " + tier.name() + " |");
+    println!("| kernel | ms | TFLOP/s |{over} registers | stack | threadgroup |");
+    println!("| --- | --- | --- |{} --- | --- | --- |", " --- |".repeat(peers.len()));
+    let mut order: Vec<&Timed> = timed.iter().collect();
+    order.sort_by(|a, b| b.tflops.total_cmp(&a.tflops));
+    for Timed { name, milliseconds, tflops, registers, stack, threadgroup, .. } in order {
+        let over = peers.iter().fold(String::new(), |text, (_, peer)| text + &format!(" {:.2} |", tflops / peer));
+        println!("| {name} | {milliseconds:.3} | {tflops:.2} |{over} {registers} | {stack} | {threadgroup} |");
+    }
+}
+
+/// The largest TFLOP/s of a tier.
+fn best_of(timed: &[Timed], group: Group) -> Option<f64> {
+    timed.iter().filter(|timed| timed.group == group).map(|timed| timed.tflops).max_by(f64::total_cmp)
+}
+
+/// One line for each shape: the best of every tier, and the ratios that the goals are about.
+fn print_summary(gpu: &Gpu, results: &[(Shape, Vec<Timed>)]) {
+    const OURS: [Tier; 4] = [Tier::Tensorops, Tier::TensoropsStaged, Tier::Simdgroup, Tier::Scalar];
+    let columns: Vec<(String, Group)> = OURS
+        .map(|tier| (tier.name().to_owned(), Group::Ours(tier)))
+        .into_iter()
+        .chain(PeerTier::ALL.map(|tier| (tier.name().to_owned(), Group::Peer(tier))))
+        .collect();
+    let ratios = [
+        (Group::Ours(Tier::Simdgroup), Group::Peer(PeerTier::V1)),
+        (Group::Ours(Tier::Tensorops), Group::Peer(PeerTier::V2r)),
+        (Group::Ours(Tier::Tensorops), Group::Peer(PeerTier::V2)),
+        (Group::Ours(Tier::Tensorops), Group::Ours(Tier::Simdgroup)),
+    ];
+    let name_of = |group: Group| columns.iter().find(|column| column.1 == group).map_or("", |column| &column.0);
+    println!("\n{}: TFLOP/s of the best kernel of each tier, and ratios\n", gpu.name());
+    let heads = columns.iter().map(|(name, _)| name.clone());
+    let heads = heads.chain(ratios.iter().map(|&(ours, other)| format!("{} / {}", name_of(ours), name_of(other))));
+    println!("| shape | {} |", heads.collect::<Vec<_>>().join(" | "));
+    println!("| --- |{}", " --- |".repeat(columns.len() + ratios.len()));
+    for (shape, timed) in results {
+        let speeds = columns.iter().map(|&(_, group)| best_of(timed, group));
+        let quotients = ratios.iter().map(|&(ours, other)| Some(best_of(timed, ours)? / best_of(timed, other)?));
+        let cell = |value: Option<f64>, digits| value.map_or_else(String::new, |value| format!("{value:.digits$}"));
+        let cells: Vec<String> =
+            speeds.map(|speed| cell(speed, 1)).chain(quotients.map(|quotient| cell(quotient, 2))).collect();
+        println!("| {shape} | {} |", cells.join(" | "));
+    }
 }

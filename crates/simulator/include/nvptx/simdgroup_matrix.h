@@ -94,9 +94,9 @@ template <class T> MSL_INLINE void msl_turn(vec<T, 2> b, thread float (&turned)[
 
 template <class A, class B> MSL_INLINE void msl_multiply(thread float (&c)[4], vec<A, 2> a, vec<B, 2> b) {
   if constexpr (is_same_v<A, half> && is_same_v<B, half>) {
-    msl_mma_half(c, __builtin_bit_cast(uint, a), msl_transposed(__builtin_bit_cast(uint, b)));
+    msl_mma_half(c, __builtin_bit_cast(uint, a), 0u, msl_transposed(__builtin_bit_cast(uint, b)));
   } else if constexpr (is_same_v<A, bfloat> && is_same_v<B, bfloat>) {
-    msl_mma_bfloat(c, __builtin_bit_cast(uint, a), msl_transposed(__builtin_bit_cast(uint, b)));
+    msl_mma_bfloat(c, __builtin_bit_cast(uint, a), 0u, msl_transposed(__builtin_bit_cast(uint, b)));
   } else {
     // Lane t of four has columns t and t + 4 of a, and those rows of b: they stand for 2 t and 2 t + 1, in both alike.
     float turned[2];
