@@ -103,6 +103,58 @@ fn coordinates_lead_to_every_element_in_every_layout() {
     }
 }
 
+/// Slots of a lane and their coordinates `[outer, inner]`, as MLX's `steel/attn/nax.h` and PyTorch's `MppAttention.h` have
+/// them for the M5, for a 16x32x16 product.
+fn m5_coordinates(operand: &str, lane: usize) -> Vec<[usize; 2]> {
+    let quad = lane >> 2;
+    let row = (quad & 4) | ((lane >> 1) & 3);
+    let column = ((quad & 2) | (lane & 1)) * 4;
+    let coordinates = |i: usize| match operand {
+        "left" => [row + (i >> 2) * 8, column + (i & 3)],
+        "right, transposed" => [row + ((i >> 2) & 1) * 8 + (i >> 3) * 16, column + (i & 3)],
+        "right" | "destination" => [row + ((i >> 2) & 1) * 8, column + (i & 3) + (i >> 3) * 16],
+        _ => panic!("{operand}"),
+    };
+    (0..if operand == "left" { 8 } else { 16 }).map(coordinates).collect()
+}
+
+#[test]
+fn contiguous_quads_are_the_layout_of_an_m5() {
+    let tensor = |call: &str, transposed: bool| {
+        kernel(&format!(
+            "constexpr auto d = matmul2d_descriptor(16, 32, 16, false, {transposed}); matmul2d<d, execution_simdgroup> op;
+             auto t = op.{call};
+             for (ushort i = 0; i < t.get_capacity(); ++i) {{
+                 auto at = t.get_multidimensional_index(t.begin() + i);
+                 C[(lane * 16 + i) * 2] = at[1]; C[(lane * 16 + i) * 2 + 1] = at[0];
+             }}
+             C[4095] = t.get_capacity();"
+        ))
+    };
+    let right = "get_right_input_cooperative_tensor<half, half, float>()";
+    for (operand, call, transposed) in [
+        ("left", "get_left_input_cooperative_tensor<half, half, float>()", false),
+        ("right", right, false),
+        ("right, transposed", right, true),
+        (
+            "destination",
+            "get_destination_cooperative_tensor<tensor<device half, sizes, tensor_inline>, \
+          tensor<device half, sizes, tensor_inline>, float>()",
+            false,
+        ),
+    ] {
+        let (got, _) = run(Options::new(Layer::Fast), 32, &tensor(call, transposed)).unwrap();
+        for lane in 0..32 {
+            let expected = m5_coordinates(operand, lane);
+            assert_eq!(got[4095], expected.len() as f32, "{operand}");
+            for (i, [outer, inner]) in expected.into_iter().enumerate() {
+                let at = (lane * 16 + i) * 2;
+                assert_eq!([got[at], got[at + 1]], [outer as f32, inner as f32], "{operand} lane {lane} slot {i}");
+            }
+        }
+    }
+}
+
 #[test]
 fn attention_of_one_block() {
     let source = kernel(
@@ -440,6 +492,13 @@ fn tensors_stay_inside_of_themselves() {
     for (body, part) in outside {
         stopped(check(), 32, &after_setup(body), &["kernel.metal:", part]);
     }
+    let beyond = "auto t = tensor(A + 64, sizes(64, 16)); op.run(t, b, c);";
+    stopped(
+        Options::new(Layer::Fast),
+        32,
+        &after_setup(beyond),
+        &["kernel.metal:", "0 bytes past the end of buffer 0"],
+    );
 }
 
 /// A, or a part of it, through threadgroup memory.
