@@ -12,8 +12,8 @@ use common::bench::Bench;
 use common::peer::{self, PeerKernel, PeerShape};
 use common::{Case, Run};
 use mtlflashattn_core::plan::occupancy::{KernelShape, Occupancy};
-use mtlflashattn_core::plan::{Chip, Gpu, QueryHome};
-use mtlflashattn_core::{Device, Dtype, MetalTile, Planner, Settings, Tier};
+use mtlflashattn_core::plan::{Chip, Gpu, Matmul, QueryHome, Version};
+use mtlflashattn_core::{Device, Dtype, MetalTile, Planner, Problem, Settings, Tier};
 use mtlflashattn_metal::Kernel;
 use mtlflashattn_simulator::{Counters, Layer, Options, Registers, Simulator};
 
@@ -125,14 +125,37 @@ fn kernels(run: &Run) -> Vec<Kernel> {
         }
     }
     let simdgroup = tiles.into_iter().map(|tile| Kernel::simdgroup(problem, tile, true));
-    std::iter::once(Kernel::scalar(problem, true)).chain(simdgroup).collect()
+    std::iter::once(Kernel::scalar(problem, true)).chain(simdgroup).chain(tensorops(problem)).collect()
 }
 
-fn describe(kernel: &Kernel, run: &Run) -> (String, String) {
+/// What the planner takes for an M5 in the two tiers that use `matmul2d`.
+fn tensorops(problem: &Problem) -> impl Iterator<Item = Kernel> {
+    let chip = Chip::from_name("m5-max");
+    let gpu = Gpu { chip, cores: chip.most_cores(), macos: Version::new(26, 2), ..Gpu::SIMULATED };
+    [Tier::Tensorops, Tier::TensoropsStaged].into_iter().filter_map(move |tier| {
+        let plan = Planner::new(Device::Metal(gpu), &Settings::DEFAULT).serve(problem, tier);
+        let plan = plan.unwrap_or_else(|reason| panic!("{tier}: {reason}"));
+        Some(Kernel::tensorops(problem, plan.metal?, plan.matmul?, true))
+    })
+}
+
+/// What the values that live at once need on an M1, where no tile says more.
+fn registers(counters: &Counters) -> String {
+    let Registers { halves, threads, .. } = counters.registers();
+    format!("{halves} halves, {threads}")
+}
+
+fn describe(kernel: &Kernel, run: &Run, counters: &Counters) -> (String, String) {
     if kernel.tier == Tier::Scalar {
         return ("scalar".into(), String::new());
     }
     let tile = kernel.tile;
+    if let Some(matmul) = kernel.matmul {
+        let (rows, Matmul { head_step, value_step, .. }) = (tile.simdgroup_rows(), matmul);
+        let name =
+            format!("{} {}x{rows} rows {} keys, {head_step}/{value_step}", kernel.tier, tile.simdgroups, tile.keys);
+        return (name, registers(counters));
+    }
     let form = if tile.staged { "staged" } else { "direct" };
     let (rows, keys, chunk, query) = (tile.simdgroup_rows(), tile.keys, tile.value_chunk, tile.query.name());
     let name = format!("{form} {}x{rows} rows {keys} keys {chunk} columns q:{query}", tile.simdgroups);
@@ -151,9 +174,8 @@ fn print_peer(python: &str, shape: &Shape, simulator: &Simulator) {
             Ok((_, report)) => report,
             Err(error) => panic!("{name}: {error}"),
         };
-        let Registers { halves, threads, .. } = report.counters.registers();
-        let prediction = format!("{halves} halves, {threads}");
-        print(&format!("{name} of mtlflashattn 0.2"), shape, &Counts::of(&report.counters), &prediction);
+        let name = format!("{name} of mtlflashattn 0.2");
+        print(&name, shape, &Counts::of(&report.counters), &registers(&report.counters));
     }
 }
 
@@ -188,7 +210,7 @@ fn main() {
                 Ok(report) => report.counters,
                 Err(error) => panic!("{error}"),
             };
-            let (name, prediction) = describe(&kernel, &run);
+            let (name, prediction) = describe(&kernel, &run, &counters);
             print(&name, shape, &Counts::of(&counters), &prediction);
         }
     }

@@ -2,8 +2,8 @@
 //
 // contiguous quads: M5, and other GPUs of its class. A 16x16 fragment gives a lane four adjacent columns of two rows
 //   that lie 8 apart. Measured by MNN, relied on by MLX (steel/attn/nax.h) and PyTorch (MppAttention.h).
-// split pairs: what GPUs before are said to have (sonos/tract#2548): pairs of columns, 8 apart. The exact formula is not
-//   public; this one has the lane map of simdgroup_matrix.
+// split pairs: what GPUs before are said to have (sonos/tract#2548): pairs of columns, 8 apart. The exact formula is
+//   not public; this one has the lane map of simdgroup_matrix.
 // shuffled: contiguous quads after random permutations of lanes, rows, columns and slots. Lanes have the same rows of
 //   all tensors with as many rows, as they have in the layouts above.
 // scattered: any lane may have any element, and some have none.
@@ -57,7 +57,8 @@ static void shuffle(const Context &context, msl_layout &layout) {
   unsigned lanes[32], rows[16], threads = shape.simdgroups * 32, capacity = layout.capacity;
   random_order(lanes, 32, common + 1000);
   random_order(rows, 16, common + 2000);
-  unsigned *columns = (unsigned *)malloc(shape.inner * sizeof(unsigned)), *slots = (unsigned *)malloc(capacity * sizeof(unsigned));
+  unsigned *columns = (unsigned *)malloc(shape.inner * sizeof(unsigned));
+  unsigned *slots = (unsigned *)malloc(capacity * sizeof(unsigned));
   int *shuffled = (int *)malloc(threads * capacity * sizeof(int));
   for (unsigned thread = 0; thread < threads; ++thread) {
     const int *from = layout.coordinates + (thread / 32 * 32 + lanes[thread % 32]) * capacity;
@@ -144,7 +145,8 @@ static void share_reduction(Context &context, msl_layout &layout) {
   layout.coordinates = (int *)malloc(32 * layout.capacity * sizeof(int));
   for (unsigned lane = 0; lane < 32; ++lane)
     for (unsigned slot = 0; slot < layout.capacity; ++slot)
-      layout.coordinates[lane * layout.capacity + slot] = slot < count[lane] ? found[lane * matrix.capacity + slot] : -1;
+      layout.coordinates[lane * layout.capacity + slot] =
+          slot < count[lane] ? found[lane * matrix.capacity + slot] : -1;
   free(found);
 }
 
@@ -179,13 +181,14 @@ void msl_tensor_poison(void *elements, unsigned long bytes) {
 }
 
 void msl_tensor_index_fails(unsigned slot, unsigned capacity) {
-  fail(0, (uintptr_t)__builtin_return_address(0) - 1, "element %d of a cooperative tensor, of which a lane has %u", (int)slot,
-       capacity);
+  fail(0, (uintptr_t)__builtin_return_address(0) - 1, "element %d of a cooperative tensor, of which a lane has %u",
+       (int)slot, capacity);
 }
 
 int msl_tensor_coordinates(const msl_layout *layout, unsigned slot) {
   Lane &lane = *current_lane();
-  if (slot >= layout->capacity) fail(lane.line, 0, "element %d of a cooperative tensor, of which a lane has %u", (int)slot, layout->capacity);
+  if (slot >= layout->capacity)
+    fail(lane.line, 0, "element %d of a cooperative tensor, of which a lane has %u", (int)slot, layout->capacity);
   return layout->coordinates[thread_of_scope(lane, *layout) * layout->capacity + slot];
 }
 
@@ -195,12 +198,14 @@ unsigned msl_tensor_map(const msl_layout *from, unsigned slot, const msl_layout 
   if (at < 0) return to->capacity;
   unsigned found = find_slot(*to, lane.lane, at);
   if (found == to->capacity)
-    fail(lane.line, 0, "map_iterator: this lane has no element of row or column %d there; ask is_iterator_compatible", at);
+    fail(lane.line, 0, "map_iterator: this lane has no element of row or column %d there; ask is_iterator_compatible",
+         at);
   return found;
 }
 
 bool msl_tensor_maps(const msl_layout *from, const msl_layout *to) {
-  if (from->shape.role != MSL_DESTINATION || from->shape.simdgroups != 1 || to->shape.role <= MSL_DESTINATION) return false;
+  bool between_roles = from->shape.role == MSL_DESTINATION && to->shape.role > MSL_DESTINATION;
+  if (!between_roles || from->shape.simdgroups != 1) return false;
   for (unsigned lane = 0; lane < 32; ++lane)
     for (unsigned slot = 0; slot < from->capacity; ++slot) {
       int at = along(*to, from->coordinates[lane * from->capacity + slot]);

@@ -1,4 +1,4 @@
-// matmul2d and what else the lanes of a scope do with cooperative tensors. The last thread to come does the work of all.
+// matmul2d and what else the lanes of a scope do with cooperative tensors. The last thread to come works for all.
 //
 // The model of a product: fp32, fused, in the order of the inner index, starting from the destination's value where it
 // accumulates; rounded once. Float operands keep 11 significant bits under relaxed precision, the rest is cut off
@@ -30,20 +30,21 @@ static void write_element(void *to, unsigned kind, unsigned long i, float value)
 }
 static unsigned long bytes_of(unsigned element_kind) { return element_kind == MSL_FLOAT ? 4 : 2; }
 
-static float cut_to_tf32(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  bits &= 0xffffe000;
-  memcpy(&value, &bits, 4);
-  return value;
+static void cut_to_tf32(float *values, unsigned long count) {
+  for (unsigned long i = 0; i < count; ++i) {
+    uint32_t bits;
+    memcpy(&bits, &values[i], 4);
+    bits &= 0xffffe000;
+    memcpy(&values[i], &bits, 4);
+  }
 }
 
 // Every lane names the same memory.
 static void require_same_memory(const Scope &scope, const msl_tensor_operand &first, const msl_tensor_operand &other,
                                 const char *what) {
-  if (first.layout || (first.elements == other.elements && memcmp(first.extent, other.extent, sizeof first.extent) == 0 &&
-                       memcmp(first.stride, other.stride, sizeof first.stride) == 0))
-    return;
+  bool equal = first.elements == other.elements && memcmp(first.extent, other.extent, sizeof first.extent) == 0 &&
+               memcmp(first.stride, other.stride, sizeof first.stride) == 0;
+  if (first.layout || equal) return;
   fail(scope.line, 0, "the %s of matmul2d differs between the threads of its scope", what);
 }
 
@@ -54,25 +55,37 @@ struct Tile2d {
   float outside_rows, outside_columns;
 };
 
+// Of an element that is outside in both directions.
+static float worse(float first, float second) { return first != first ? first : second; }
+
 static unsigned smaller(long extent, unsigned size) { return extent < (long)size ? (unsigned)extent : size; }
+
+template <class T> static void read_row(const void *from, unsigned count, float *to, unsigned step) {
+  for (unsigned i = 0; i < count; ++i) to[i * step] = (float)((const T *)from)[i];
+}
 
 static void read_memory(const Scope &scope, const msl_tensor_operand &operand, const Tile2d &tile, float *to,
                         bool overwrites = false) {
-  unsigned outer_size = tile.transposed ? tile.columns : tile.rows, inner_size = tile.transposed ? tile.rows : tile.columns;
+  unsigned outer_size = tile.transposed ? tile.columns : tile.rows;
+  unsigned inner_size = tile.transposed ? tile.rows : tile.columns;
   unsigned outer_count = smaller(operand.extent[1], outer_size), inner_count = smaller(operand.extent[0], inner_size);
+  unsigned outer_step = tile.transposed ? 1 : tile.columns, inner_step = tile.transposed ? tile.columns : 1;
+  float outside_outer = tile.transposed ? tile.outside_columns : tile.outside_rows;
+  float outside_inner = tile.transposed ? tile.outside_rows : tile.outside_columns;
   unsigned long bytes = bytes_of(operand.element_kind);
+  auto read = operand.element_kind == MSL_FLOAT  ? read_row<float>
+              : operand.element_kind == MSL_HALF ? read_row<_Float16>
+                                                 : read_row<__bf16>;
   for (unsigned outer = 0; outer < outer_size; ++outer) {
-    const char *row = (const char *)operand.elements + (long)outer * operand.stride[1] * (long)bytes;
-    if (outer < outer_count) collective_access(scope, (char *)row, inner_count * bytes, false, !overwrites);
-    for (unsigned inner = 0; inner < inner_size; ++inner) {
-      unsigned i = tile.transposed ? inner * tile.columns + outer : outer * tile.columns + inner;
-      bool beyond_outer = outer >= outer_count, beyond_inner = inner >= inner_count;
-      bool beyond_rows = tile.transposed ? beyond_inner : beyond_outer;
-      bool beyond_columns = tile.transposed ? beyond_outer : beyond_inner;
-      to[i] = beyond_rows      ? tile.outside_rows
-              : beyond_columns ? tile.outside_columns
-                               : read_element(row, operand.element_kind, inner);
-    }
+    float *row_to = to + outer * outer_step;
+    unsigned count = outer < outer_count ? inner_count : 0;
+    char *row = (char *)operand.elements + (long)outer * operand.stride[1] * (long)bytes;
+    if (count) collective_access(scope, row, count * bytes, false, !overwrites);
+    read(row, count, row_to, inner_step);
+    for (unsigned inner = count; inner < inner_size; ++inner)
+      row_to[inner * inner_step] = outer < outer_count   ? outside_inner
+                                   : inner < inner_count ? outside_outer
+                                                         : worse(outside_inner, outside_outer);
   }
 }
 
@@ -126,19 +139,25 @@ static float *scratch(Context &context, unsigned long floats) {
   return context.scratch;
 }
 
-// c += a b, with columns a multiple of 8.
+// c += a b, with rows and columns multiples of 8: tiles of 8x8, each sum in the order of k.
 static void multiply_add(const float *a, const float *b, float *c, unsigned rows, unsigned columns, unsigned inner) {
-  for (unsigned column = 0; column < columns; column += 8)
-    for (unsigned row = 0; row < rows; ++row) {
-      Row *sum = (Row *)(c + row * columns + column);
-      Row total = *sum;
-      for (unsigned k = 0; k < inner; ++k)
-        total = __builtin_elementwise_fma((Row)a[row * inner + k], *(const Row *)(b + k * columns + column), total);
-      *sum = total;
+  for (unsigned row = 0; row < rows; row += 8)
+    for (unsigned column = 0; column < columns; column += 8) {
+      Row sums[8];
+      for (unsigned i = 0; i < 8; ++i) sums[i] = *(const Row *)(c + (row + i) * columns + column);
+      for (unsigned k = 0; k < inner; ++k) {
+        const Row right = *(const Row *)(b + k * columns + column);
+#pragma clang loop unroll(full)
+        for (unsigned i = 0; i < 8; ++i)
+          sums[i] = __builtin_elementwise_fma((Row)a[(row + i) * inner + k], right, sums[i]);
+      }
+      for (unsigned i = 0; i < 8; ++i) *(Row *)(c + (row + i) * columns + column) = sums[i];
     }
 }
 
-static long extent_of_k(const msl_tensor_operand &operand, bool k_is_inner) { return operand.extent[k_is_inner ? 0 : 1]; }
+static long extent_of_k(const msl_tensor_operand &operand, bool k_is_inner) {
+  return operand.extent[k_is_inner ? 0 : 1];
+}
 
 static unsigned inner_size(const msl_matmul2d_call &call) {
   if (call.k >= 0) return (unsigned)call.k;
@@ -146,40 +165,49 @@ static unsigned inner_size(const msl_matmul2d_call &call) {
   return (unsigned)(left < right ? right : left);
 }
 
+static const msl_tensor_operand &left_of(const void *slot) { return ((const msl_matmul2d_call *)slot)->left; }
+static const msl_tensor_operand &right_of(const void *slot) { return ((const msl_matmul2d_call *)slot)->right; }
+static const msl_tensor_operand &destination_of(const void *slot) {
+  return ((const msl_matmul2d_call *)slot)->destination;
+}
+
+static void require_same_operands(const Scope &scope) {
+  const void *first = scope.slot(0);
+  for (unsigned thread = 1; thread < scope.threads(); ++thread) {
+    const void *other = scope.slot(thread);
+    require_same_memory(scope, left_of(first), left_of(other), "left operand");
+    require_same_memory(scope, right_of(first), right_of(other), "right operand");
+    require_same_memory(scope, destination_of(first), destination_of(other), "destination");
+  }
+}
+
+template <class Operand>
+static void read_input(const Scope &scope, Operand operand_of, const Tile2d &tile, bool relaxed, float *to) {
+  const msl_tensor_operand &operand = operand_of(scope.slot(0));
+  if (operand.layout) read_lanes(scope, operand_of, tile, to);
+  else read_memory(scope, operand, tile, to);
+  if (relaxed && operand.element_kind == MSL_FLOAT) cut_to_tf32(to, (unsigned long)tile.rows * tile.columns);
+}
+
 static void execute_matmul2d(const Scope &scope) {
+  require_same_operands(scope);
   Context &context = scope.context;
   const msl_matmul2d_call &call = *(const msl_matmul2d_call *)scope.slot(0);
-  for (unsigned thread = 1; thread < scope.threads(); ++thread) {
-    const msl_matmul2d_call &other = *(const msl_matmul2d_call *)scope.slot(thread);
-    require_same_memory(scope, call.left, other.left, "left operand");
-    require_same_memory(scope, call.right, other.right, "right operand");
-    require_same_memory(scope, call.destination, other.destination, "destination");
-  }
-  auto left = [](const void *slot) -> const msl_tensor_operand & { return ((const msl_matmul2d_call *)slot)->left; };
-  auto right = [](const void *slot) -> const msl_tensor_operand & { return ((const msl_matmul2d_call *)slot)->right; };
-  auto destination = [](const void *slot) -> const msl_tensor_operand & {
-    return ((const msl_matmul2d_call *)slot)->destination;
-  };
+  const msl_tensor_operand &destination = call.destination;
   unsigned m = (unsigned)call.m, n = (unsigned)call.n, k = inner_size(call);
-  unsigned long k_room = k + 8ul; // keeps the parts aligned
-  float *a = scratch(context, (m * k_room + 7) / 8 * 8 + k_room * n + m * n), *b = a + (m * k_room + 7) / 8 * 8;
-  float *c = b + k_room * n;
+  unsigned long a_size = (m * (unsigned long)k + 7) / 8 * 8, b_size = (unsigned long)k * n; // the parts stay aligned
+  float *a = scratch(context, a_size + b_size + m * n), *b = a + a_size, *c = b + b_size;
   float outside = msl_tensor_outside(), outside_k = call.k < 0 ? 0.0f : outside;
-  Tile2d a_tile{m, k, call.transpose_left != 0, outside, outside_k}, b_tile{k, n, call.transpose_right != 0, outside_k, outside};
   Tile2d c_tile{m, n, false, outside, outside};
-  if (call.left.layout) read_lanes(scope, left, a_tile, a);
-  else read_memory(scope, call.left, a_tile, a);
-  if (call.right.layout) read_lanes(scope, right, b_tile, b);
-  else read_memory(scope, call.right, b_tile, b);
-  for (unsigned long i = 0; call.relaxed && call.left.element_kind == MSL_FLOAT && i < m * k; ++i) a[i] = cut_to_tf32(a[i]);
-  for (unsigned long i = 0; call.relaxed && call.right.element_kind == MSL_FLOAT && i < k * n; ++i) b[i] = cut_to_tf32(b[i]);
-  bool accumulates = call.accumulate || (!call.destination.layout && context.launch->tensor_destination_accumulates);
+  read_input(scope, left_of, {m, k, call.transpose_left != 0, outside, outside_k}, call.relaxed, a);
+  read_input(scope, right_of, {k, n, call.transpose_right != 0, outside_k, outside}, call.relaxed, b);
+  bool accumulates = call.accumulate || (!destination.layout && context.launch->tensor_destination_accumulates);
   if (!accumulates) memset(c, 0, m * n * sizeof(float));
-  else if (call.destination.layout) read_lanes(scope, destination, c_tile, c);
-  else read_memory(scope, call.destination, c_tile, c, true);
+  else if (destination.layout) read_lanes(scope, destination_of, c_tile, c);
+  else read_memory(scope, destination, c_tile, c, true);
   multiply_add(a, b, c, m, n, k);
-  if (call.destination.layout) write_lanes(scope, destination, n, c);
-  else write_memory(scope, call.destination, m, n, c);
+  if (destination.layout) write_lanes(scope, destination_of, n, c);
+  else write_memory(scope, destination, m, n, c);
   context.launch->counters.tensor_operations++;
   context.launch->counters.tensor_multiply_adds += (unsigned long)m * n * k;
 }
@@ -217,7 +245,9 @@ struct Conversion {
 };
 static void execute_conversion(const Scope &scope) {
   auto source = [](const void *slot) -> const msl_tensor_operand & { return *((const Conversion *)slot)->source; };
-  auto destination = [](const void *slot) -> const msl_tensor_operand & { return *((const Conversion *)slot)->destination; };
+  auto destination = [](const void *slot) -> const msl_tensor_operand & {
+    return *((const Conversion *)slot)->destination;
+  };
   const msl_tensor_shape &shape = source(scope.slot(0)).layout->shape;
   float *values = scratch(scope.context, shape.outer * shape.inner);
   read_lanes(scope, source, {shape.outer, shape.inner, false, 0, 0}, values);
@@ -225,8 +255,9 @@ static void execute_conversion(const Scope &scope) {
 }
 
 static void execute_transfer(const Scope &scope) {
+  const msl_tensor_operand &first = *(const msl_tensor_operand *)scope.slot(0);
   for (unsigned thread = 1; thread < scope.threads(); ++thread)
-    require_same_memory(scope, *(const msl_tensor_operand *)scope.slot(0), *(const msl_tensor_operand *)scope.slot(thread), "tensor");
+    require_same_memory(scope, first, *(const msl_tensor_operand *)scope.slot(thread), "tensor");
 }
 
 // Lane 0 keeps count of the values that live.

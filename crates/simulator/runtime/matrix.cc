@@ -35,7 +35,8 @@ static void note_interval(Liveness &l, int *Liveness::*difference, unsigned born
   unsigned end = last_use + 1;
   if (end >= l.capacity) {
     unsigned larger = end * 2 + 1024;
-    int *Liveness::*const all[] = {&Liveness::difference_fp32, &Liveness::difference_16bit, &Liveness::difference_halves};
+    int *Liveness::*const all[] = {&Liveness::difference_fp32, &Liveness::difference_16bit,
+                                   &Liveness::difference_halves};
     for (int *Liveness::*counts : all) {
       l.*counts = (int *)realloc(l.*counts, larger * sizeof(int));
       memset(l.*counts + l.capacity, 0, (larger - l.capacity) * sizeof(int));
@@ -70,7 +71,8 @@ static void end_life(Simdgroup &group, msl_life &life) {
 static void count_live_fragments(Context &context, Simdgroup &group) {
   Liveness &l = group.liveness;
   msl_counters &c = context.launch->counters;
-  long fp32 = 0, narrow = 0, halves = 0, most = (long)(4 * c.live_fragments_fp32 + 2 * c.live_fragments_16bit + c.live_cooperative_halves);
+  long fp32 = 0, narrow = 0, halves = 0;
+  long most = (long)(4 * c.live_fragments_fp32 + 2 * c.live_fragments_16bit + c.live_cooperative_halves);
   for (unsigned i = 0; i < l.capacity; ++i) {
     fp32 += l.difference_fp32[i];
     narrow += l.difference_16bit[i];

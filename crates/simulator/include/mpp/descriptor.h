@@ -11,9 +11,9 @@ struct matmul2d_descriptor {
   bool relaxed_precision; // float operands may lose bits
   mode matmul_mode;
 
-  constexpr matmul2d_descriptor(int m, int n, int k = static_cast<int>(metal::dynamic_extent), bool transpose_left = false,
-                                bool transpose_right = false, bool relaxed_precision = false,
-                                mode matmul_mode = mode::multiply)
+  constexpr matmul2d_descriptor(int m, int n, int k = static_cast<int>(metal::dynamic_extent),
+                                bool transpose_left = false, bool transpose_right = false,
+                                bool relaxed_precision = false, mode matmul_mode = mode::multiply)
       : m(m), n(n), k(k), transpose_left(transpose_left), transpose_right(transpose_right),
         relaxed_precision(relaxed_precision), matmul_mode(matmul_mode) {}
 

@@ -18,14 +18,14 @@ public:
   template <class... Values>
   constexpr extents(Values... values)
     requires(sizeof...(Values) == sizeof...(Extents) && sizeof...(Values) > 0)
-      : m_values{(Index)values...} {}
+      : m_values{(Index)(Extents == dynamic_extent ? values : (Values)Extents)...} {}
 
   static constexpr size_t rank() { return sizeof...(Extents); }
   static constexpr size_t static_extent(size_t r) {
     constexpr size_t all[] = {Extents...};
     return all[r];
   }
-  constexpr Index extent(size_t r) const { return static_extent(r) == dynamic_extent ? m_values[r] : (Index)static_extent(r); }
+  constexpr Index extent(size_t r) const { return m_values[r]; }
 
 private:
   Index m_values[sizeof...(Extents)];

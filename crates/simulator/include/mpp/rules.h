@@ -1,9 +1,9 @@
-// What matmul2d takes: types of elements and sizes of tiles. MSL_MACOS is the version of macOS whose headers are played,
-// 2602 for 26.2.
+// What matmul2d takes: types of elements and sizes of tiles. MSL_MACOS is the version of macOS whose headers are
+// played, 2602 for 26.2.
 //
 // Types: MPPTensorOpsMatMul2d.h. Tiles: its static_asserts as kernels met them (ollama#15257: 8x8 does not compile;
-// ccv's NAAttentionKernel: inner dimensions are multiples of 32 in macOS 26.1). An inner dimension of 16 is the smallest
-// that a published kernel uses (MLX, steel_attention_nax.h).
+// ccv's NAAttentionKernel: inner dimensions are multiples of 32 in macOS 26.1). An inner dimension of 16 is the
+// smallest that a published kernel uses (MLX, steel_attention_nax.h).
 #pragma once
 
 #ifndef MSL_MACOS
@@ -48,7 +48,8 @@ template <matmul2d_descriptor Descriptor, class Scope> constexpr void msl_requir
 }
 template <matmul2d_descriptor Descriptor, class Scope> constexpr void msl_require_input() {
   static_assert(Scope::msl_simdgroups == 1, "Input cooperative tensors require a single SIMD group");
-  static_assert(Descriptor.msl_has_static_k(), "Inner dimension cannot be dynamic when an input is a cooperative tensor");
+  static_assert(Descriptor.msl_has_static_k(),
+                "Inner dimension cannot be dynamic when an input is a cooperative tensor");
 }
 } // namespace tensor_ops
 } // namespace mpp

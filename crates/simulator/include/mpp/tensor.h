@@ -1,7 +1,7 @@
-// tensor (specification, chapter 2.21): a view of memory with sizes and strides. Only tensors that a shader builds from a
-// pointer (tensor_inline) are here; a bound tensor resource needs an API that torch does not offer.
+// tensor (specification, chapter 2.21): a view of memory with sizes and strides. Only tensors that a shader builds from
+// a pointer (tensor_inline) are here; a bound tensor resource needs an API that torch does not offer.
 //
-// What a target can say about a broken rule differs, so that it defines MSL_TENSOR_REQUIRE(condition, line, text) first.
+// What a target can say about a broken rule differs: it may define MSL_TENSOR_REQUIRE(condition, line, text) first.
 #pragma once
 
 #ifndef MSL_TENSOR_REQUIRE
@@ -101,7 +101,8 @@ private:
   }
 };
 
-template <class T, class Index, size_t... E> tensor(T *, extents<Index, E...>) -> tensor<T, extents<Index, E...>, tensor_inline>;
+template <class T, class Index, size_t... E>
+tensor(T *, extents<Index, E...>) -> tensor<T, extents<Index, E...>, tensor_inline>;
 template <class T, class Index, size_t... E, class Stride, size_t N>
 tensor(T *, extents<Index, E...>, array<Stride, N>) -> tensor<T, extents<Index, E...>, tensor_inline>;
 

@@ -1,5 +1,5 @@
-// cooperative_tensor (specification, chapter 2.22; metal_cooperative_tensor): a small matrix whose elements the lanes of
-// a scope share out. Which lane has which element is the launch's choice (runtime/layout.cc), so that a kernel that
+// cooperative_tensor (specification, chapter 2.22; metal_cooperative_tensor): a small matrix whose elements the lanes
+// of a scope share out. Which lane has which element is the launch's choice (runtime/layout.cc), so that a kernel that
 // assumes a layout fails under another one.
 //
 // Stricter than Metal: a cooperative tensor is not copied, and the driver refuses it inside of a struct or an array.
@@ -11,7 +11,8 @@
 
 namespace metal {
 // LeftInMemory, RightInMemory: what the destination was made for, as its layout may depend on it.
-template <msl_tensor_role Role, uint Outer, uint Inner, uint Simdgroups, bool LeftInMemory = true, bool RightInMemory = true>
+template <msl_tensor_role Role, uint Outer, uint Inner, uint Simdgroups, bool LeftInMemory = true,
+          bool RightInMemory = true>
 struct msl_cooperative_layout {
   static constexpr msl_tensor_shape shape{Role, Outer, Inner, Simdgroups};
   static constexpr bool left_in_memory = LeftInMemory, right_in_memory = RightInMemory;
@@ -19,7 +20,9 @@ struct msl_cooperative_layout {
   static constexpr uint rows = (Outer + 15) / 16, columns = (Inner + 15) / 16; // of 16x16 fragments, 8 elements a lane
   static constexpr uint shared = (rows * columns + Simdgroups - 1) / Simdgroups * 8;
   // What a lane holds in registers, and the most that any layout asks for.
-  static constexpr uint held = Role == MSL_ROW_REDUCTION ? rows * 2 : Role == MSL_COLUMN_REDUCTION ? columns * 4 : shared;
+  static constexpr uint held = Role == MSL_ROW_REDUCTION      ? rows * 2
+                               : Role == MSL_COLUMN_REDUCTION ? columns * 4
+                                                              : shared;
   static constexpr uint most = shared + 4;
 };
 template <class Layout, class Coordinate> struct msl_cooperative_extents {
@@ -106,7 +109,9 @@ public:
     return index;
   }
   MSL_INLINE auto get_multidimensional_index(iterator i) const { return get_multidimensional_index(i.msl_slot()); }
-  MSL_INLINE auto get_multidimensional_index(const_iterator i) const { return get_multidimensional_index(i.msl_slot()); }
+  MSL_INLINE auto get_multidimensional_index(const_iterator i) const {
+    return get_multidimensional_index(i.msl_slot());
+  }
 
   MSL_INLINE thread ElementType &operator[](int i) {
     msl_touch();
@@ -197,7 +202,8 @@ private:
                   "cooperative_tensor.load and store: the element types must be equal");
     static_assert(Tensor::get_rank() == Layout::rank, "cooperative_tensor.load and store: the ranks must be equal");
   }
-  template <class Tensor> static MSL_INLINE bool msl_inside(thread const Tensor &tensor, array<index_type, Layout::rank> at) {
+  template <class Tensor>
+  static MSL_INLINE bool msl_inside(thread const Tensor &tensor, array<index_type, Layout::rank> at) {
     for (size_t r = 0; r < Layout::rank; ++r)
       if (at[r] >= (index_type)tensor.get_extent(r)) return false;
     return true;
@@ -206,7 +212,8 @@ private:
 
 // How the runtime sees a tensor in memory.
 template <class Tensor> MSL_OUT_OF_LINE msl_tensor_operand msl_memory_operand(thread const Tensor &tensor) {
-  msl_tensor_operand operand{msl_element_kind<typename Tensor::value_type>, nullptr, (void *)tensor.msl_data(), nullptr, {1, 1}, {1, 0}};
+  uint kind = msl_element_kind<typename Tensor::value_type>;
+  msl_tensor_operand operand{kind, nullptr, (void *)tensor.msl_data(), nullptr, {1, 1}, {1, 0}};
   for (size_t r = 0; r < Tensor::get_rank(); ++r) {
     operand.extent[r] = tensor.get_extent(r);
     operand.stride[r] = tensor.get_stride(r);

@@ -23,19 +23,23 @@ template <class T> constexpr void msl_require_operand_type() {
 template <class T> constexpr bool msl_is_in_memory() { return metal::msl_is_tensor<T>::value; }
 
 template <matmul2d_descriptor Descriptor, class Scope, class... Arguments> class matmul2d {
-  static constexpr uint m = Descriptor.m, n = Descriptor.n, simdgroups = Scope::msl_simdgroups > 0 ? Scope::msl_simdgroups : 1;
+  static constexpr uint m = Descriptor.m, n = Descriptor.n;
+  static constexpr uint simdgroups = Scope::msl_simdgroups > 0 ? Scope::msl_simdgroups : 1;
   static constexpr bool static_k = Descriptor.msl_has_static_k();
   static constexpr uint k = static_k ? Descriptor.k : 0;
 
   template <msl_tensor_role Role, uint Outer, uint Inner, bool LeftInMemory = true, bool RightInMemory = true>
   using msl_layout_of = metal::msl_cooperative_layout<Role, Outer, Inner, simdgroups, LeftInMemory, RightInMemory>;
   template <class Element, class Coordinate, class Layout>
-  using msl_tensor_of = cooperative_tensor<Element, typename metal::msl_cooperative_extents<Layout, Coordinate>::type, Layout>;
+  using msl_tensor_of =
+      cooperative_tensor<Element, typename metal::msl_cooperative_extents<Layout, Coordinate>::type, Layout>;
 
   using msl_left_layout = msl_layout_of<MSL_LEFT, Descriptor.transpose_left ? k : m, Descriptor.transpose_left ? m : k>;
-  using msl_right_layout = msl_layout_of<MSL_RIGHT, Descriptor.transpose_right ? n : k, Descriptor.transpose_right ? k : n>;
+  using msl_right_layout =
+      msl_layout_of<MSL_RIGHT, Descriptor.transpose_right ? n : k, Descriptor.transpose_right ? k : n>;
   template <class Left, class Right>
-  using msl_destination_layout = msl_layout_of<MSL_DESTINATION, m, n, msl_is_in_memory<Left>(), msl_is_in_memory<Right>()>;
+  using msl_destination_layout =
+      msl_layout_of<MSL_DESTINATION, m, n, msl_is_in_memory<Left>(), msl_is_in_memory<Right>()>;
 
 public:
   static constexpr matmul2d_descriptor descriptor = Descriptor;
@@ -48,7 +52,8 @@ public:
   template <class Left, class Right, class Element, class Coordinate = int>
   using cooperative_tensor_destination_t = msl_tensor_of<Element, Coordinate, msl_destination_layout<Left, Right>>;
   template <class Left, class Right, class Element, class Coordinate = int>
-  using cooperative_tensor_row_reduction_destination_t = msl_tensor_of<Element, Coordinate, msl_layout_of<MSL_ROW_REDUCTION, m, n>>;
+  using cooperative_tensor_row_reduction_destination_t =
+      msl_tensor_of<Element, Coordinate, msl_layout_of<MSL_ROW_REDUCTION, m, n>>;
   template <class Left, class Right, class Element, class Coordinate = int>
   using cooperative_tensor_column_reduction_destination_t =
       msl_tensor_of<Element, Coordinate, msl_layout_of<MSL_COLUMN_REDUCTION, m, n>>;
@@ -82,7 +87,8 @@ public:
                   "get_left_input_cooperative_tensor: the source needs a single simdgroup");
     static_assert(metal::is_same_v<SourceElement, LeftElement>,
                   "get_left_input_cooperative_tensor: the source's element type must equal the left input's");
-    static_assert(!Descriptor.transpose_left, "get_left_input_cooperative_tensor: the left input must not be transposed");
+    static_assert(!Descriptor.transpose_left,
+                  "get_left_input_cooperative_tensor: the left input must not be transposed");
     static_assert(SourceLayout::shape.outer == m && SourceLayout::shape.inner == k,
                   "get_left_input_cooperative_tensor: the source's m and n must be m and k of this operation");
     using Input = cooperative_tensor_left_input_t<LeftElement, RightElement, Element, Coordinate>;
@@ -119,15 +125,17 @@ public:
   template <class Left, class Right, class Destination>
   MSL_INLINE void run(thread Left &left, thread Right &right, thread Destination &destination, MSL_LINE) const {
     msl_require_tile<Descriptor, Scope>();
-    static_assert(!metal::is_const<Left>::value && !metal::is_const<Right>::value && !metal::is_const<Destination>::value,
-                  "matmul2d: an operand must not be const");
+    constexpr bool is_const =
+        metal::is_const<Left>::value || metal::is_const<Right>::value || metal::is_const<Destination>::value;
+    static_assert(!is_const, "matmul2d: an operand must not be const");
     msl_require_operand_type<Left>();
     msl_require_operand_type<Right>();
     msl_require_operand_type<Destination>();
     constexpr bool in_memory = msl_is_in_memory<Left>() && msl_is_in_memory<Right>();
-    msl_require_types<typename Left::value_type, typename Right::value_type, typename Destination::value_type, !in_memory>();
-    static_assert(!static_k || in_memory || simdgroups == 1, "Input cooperative tensors require a single SIMD group");
-    static_assert(!static_k || MSL_MACOS >= 2602 || k % 32 == 0 || !(msl_is_in_memory<Left>() || msl_is_in_memory<Right>()),
+    msl_require_types<typename Left::value_type, typename Right::value_type, typename Destination::value_type,
+                      !in_memory>();
+    constexpr bool reads_memory = msl_is_in_memory<Left>() || msl_is_in_memory<Right>();
+    static_assert(!static_k || MSL_MACOS >= 2602 || k % 32 == 0 || !reads_memory,
                   "matmul2d: before macOS 26.2 a static k is a multiple of 32 where an input is in memory");
     msl_require_shape<Left, msl_left_layout, MSL_LEFT>();
     msl_require_shape<Right, msl_right_layout, MSL_RIGHT>();
@@ -144,7 +152,8 @@ private:
     msl_require_tile<Descriptor, Scope>();
     msl_require_operand_type<Left>();
     msl_require_operand_type<Right>();
-    msl_require_types<typename Left::value_type, typename Right::value_type, Element, !(msl_is_in_memory<Left>() && msl_is_in_memory<Right>())>();
+    constexpr bool in_memory = msl_is_in_memory<Left>() && msl_is_in_memory<Right>();
+    msl_require_types<typename Left::value_type, typename Right::value_type, Element, !in_memory>();
   }
   template <class Operand, class Layout, msl_tensor_role Role> static constexpr void msl_require_shape() {
     if constexpr (metal::msl_is_cooperative<Operand>::value) {
@@ -155,7 +164,8 @@ private:
                     "matmul2d: a cooperative tensor has the sizes of another operation");
       static_assert(Given::shape.simdgroups == Layout::shape.simdgroups,
                     "matmul2d: a cooperative tensor was made for another scope");
-      static_assert(Given::left_in_memory == Layout::left_in_memory && Given::right_in_memory == Layout::right_in_memory,
+      static_assert(Given::left_in_memory == Layout::left_in_memory &&
+                        Given::right_in_memory == Layout::right_in_memory,
                     "matmul2d: the destination was made for other kinds of operands");
     } else {
       static_assert(!metal::is_const<typename Operand::element_type>::value,

@@ -35,8 +35,9 @@ MSL_REDUCE(reduce_columns, MSL_COLUMN_REDUCTION, 1)
 
 // Whether map_iterator finds every element of `source` in `destination`.
 template <class Element, class SourceExtents, class SourceLayout, class DestinationElement, class Extents, class Layout>
-MSL_INLINE bool is_iterator_compatible(thread const cooperative_tensor<Element, SourceExtents, SourceLayout> &source,
-                                       thread const cooperative_tensor<DestinationElement, Extents, Layout> &destination) {
+MSL_INLINE bool
+is_iterator_compatible(thread const cooperative_tensor<Element, SourceExtents, SourceLayout> &source,
+                       thread const cooperative_tensor<DestinationElement, Extents, Layout> &destination) {
   return metal::msl_maps(source.msl_layout_in_use(), destination.msl_layout_in_use());
 }
 } // namespace tensor_ops
