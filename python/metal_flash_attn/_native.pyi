@@ -23,6 +23,8 @@ __all__ = [
     "instruction_sets",
     "plan",
     "read_bandwidth",
+    "sdpa",
+    "sdpa_settings",
 ]
 
 @final
@@ -112,6 +114,25 @@ def forward(
 
 def execute_operator(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The body of `torch.ops.mtlflashattn.forward`."""
+
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    out_layout: str,
+    /,
+) -> Tensor:
+    """Attention of `[B, H, L, D]` as torch's scaled_dot_product_attention means it.
+
+    `out_layout` is how out `[B, H, Lq, Dv]` lies in memory: "like_query" as `torch.empty_like(q)`,
+    "contiguous" or "tokens_first".
+    """
+
+def sdpa_settings() -> tuple[str, float, int, int]:
+    """`MTLFLASHATTN_SDPA`, and `_MIN_GB`, `_MIN_SEQ` and `_FAST_MIN_SEQ` of it."""
 
 def plan(
     q: Tensor,

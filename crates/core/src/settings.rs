@@ -74,7 +74,7 @@ const SDPA: Variable = Variable {
     name: "MTLFLASHATTN_SDPA",
     default: "auto",
     allowed: "auto, on, off",
-    description: "off makes the installer of the scaled_dot_product_attention patch do nothing.",
+    description: "off keeps the patch of scaled_dot_product_attention from being installed; on makes it serve every call it can.",
 };
 const SDPA_MIN_GB: Variable = Variable {
     name: "MTLFLASHATTN_SDPA_MIN_GB",
@@ -86,7 +86,7 @@ const SDPA_MIN_SEQ: Variable = Variable {
     name: "MTLFLASHATTN_SDPA_MIN_SEQ",
     default: "4096",
     allowed: "a whole number of at least 0",
-    description: "Longest of query and key length from which the patch serves every call.",
+    description: "Longest of query and key length from which the patch serves calls whose scores torch would hold.",
 };
 const SDPA_FAST_MIN_SEQ: Variable = Variable {
     name: "MTLFLASHATTN_SDPA_FAST_MIN_SEQ",
@@ -231,6 +231,16 @@ pub enum Switch {
 }
 
 impl Switch {
+    /// The name in `MTLFLASHATTN_*` variables.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::On => "on",
+            Self::Off => "off",
+        }
+    }
+
     fn parse(text: &str) -> Option<Self> {
         match text {
             "auto" => Some(Self::Auto),

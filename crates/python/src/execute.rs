@@ -2,7 +2,7 @@
 
 use std::ptr;
 
-use mtlflashattn_core::{self as core, CpuTile, Demotions, Device, Planner, Problem, Settings, Strides, Tier};
+use mtlflashattn_core::{self as core, CpuTile, Demotions, Device, Lengths, Planner, Problem, Settings, Strides, Tier};
 use mtlflashattn_cpu::{self as cpu, Inputs, Isa, Outputs};
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -10,7 +10,7 @@ use pyo3::types::PyDict;
 
 use crate::call::{Described, Numbers, Slot, Tensors, describe};
 use crate::error::{Error, Result};
-use crate::form::{Form, Packing};
+use crate::form::{Form, HeadAxis, OutLayout, Packing};
 use crate::metal::{Fault, MetalDevice, Operand, Operands};
 use crate::settings::Resolved;
 use crate::tensor::{Place, View};
@@ -199,7 +199,7 @@ fn operands<'py>(call: &Call<'_, 'py>, results: &Results<'py>) -> Result<Operand
         q: Operand { object: q, view: described.q },
         k: Operand { object: k, view: described.k },
         v: Operand { object: v, view: described.v },
-        out: Operand { object: results.out.clone(), view: results.out_view },
+        out: Operand { object: form.tokens_first_tensor(&results.out)?, view: results.out_view },
         lse: results.lse.as_ref().map(|(object, view)| Operand { object: object.clone(), view: *view }),
         offsets: operand(Slot::CuSeqlensQ).zip(operand(Slot::CuSeqlensK)),
         alibi_slopes: operand(Slot::AlibiSlopes),
@@ -249,7 +249,7 @@ fn read_offsets(torch: &Torch, object: Option<&Bound<'_, PyAny>>, view: Option<&
 }
 
 /// out as `torch.empty_like(q)` lays it out, contiguous where v has another width or `empty_like` does not keep rows
-/// contiguous (overlapping q); lse contiguous float32. The fake implementation of the operator mirrors this.
+/// contiguous (overlapping q); lse contiguous float32. The fake implementations of the operators mirror this.
 fn allocate<'py>(
     torch: &Torch,
     form: Form,
@@ -261,7 +261,10 @@ fn allocate<'py>(
     let problem = &described.problem;
     let mut shape: Vec<usize> = described.q.shape().iter().map(|&size| size as usize).collect();
     *shape.last_mut().expect("q has three or four dimensions") = problem.value_dim;
-    let like_q = if problem.value_dim != problem.head_dim {
+    let like_q = if let HeadAxis::BeforeTokens(layout) = form.head_axis {
+        shape.swap(1, 2);
+        heads_first_out(torch, layout, objects.q(), &shape)?
+    } else if problem.value_dim != problem.head_dim {
         None
     } else if form.packing == Packing::All {
         Some(torch.empty_like(&objects.q().call_method1(intern!(py, "select"), (-3, 0))?)?)
@@ -272,12 +275,30 @@ fn allocate<'py>(
         Some((out, view)) if view.has_contiguous_rows() => (out, view),
         _ => read_result(torch, Torch::new_empty(objects.q(), &shape)?)?,
     };
-    let lse_shape = match *shape {
-        [batch, query_len, heads, _] => vec![batch, heads, query_len],
-        _ => vec![problem.query_heads, problem.lengths.query_rows()],
+    let lse_shape = match problem.lengths {
+        Lengths::Dense { batch, query_len, .. } => vec![batch, problem.query_heads, query_len],
+        Lengths::Packed { total_query, .. } => vec![problem.query_heads, total_query],
     };
     let lse = want_lse.then(|| read_result(torch, torch.new_empty_float32(objects.q(), &lse_shape)?)).transpose()?;
-    Ok(Results { out, out_view: view, lse })
+    Ok(Results { out, out_view: form.tokens_first(view), lse })
+}
+
+/// out `[batch, heads, seqlen, value_dim]` in `layout`; `None` where it shall be contiguous.
+fn heads_first_out<'py>(
+    torch: &Torch,
+    layout: OutLayout,
+    q: &Bound<'py, PyAny>,
+    shape: &[usize],
+) -> Result<Option<Bound<'py, PyAny>>> {
+    let &[batch, heads, query_len, value_dim] = shape else { return Ok(None) };
+    Ok(match layout {
+        OutLayout::Contiguous => None,
+        OutLayout::LikeQuery => Some(torch.empty_like(q)?),
+        OutLayout::TokensFirst => {
+            let out = Torch::new_empty(q, &[batch, query_len, heads, value_dim])?;
+            Some(out.call_method1(intern!(q.py(), "transpose"), (1, 2))?)
+        }
+    })
 }
 
 fn read_result<'py>(torch: &Torch, tensor: Bound<'py, PyAny>) -> Result<(Bound<'py, PyAny>, View)> {
@@ -387,7 +408,7 @@ fn run_torch(
     keywords.set_item("offsets", form.varlen.then_some((&offsets.query, &offsets.key)))?;
     keywords.set_item("alibi_slopes", objects.get(Slot::AlibiSlopes))?;
     keywords.set_item("bias", objects.get(Slot::Bias))?;
-    keywords.set_item("out", &results.out)?;
+    keywords.set_item("out", form.tokens_first_tensor(&results.out)?)?;
     keywords.set_item("lse", results.lse.as_ref().map(|(lse, _)| lse))?;
     keywords.set_item("rules", rules)?;
     py.import("metal_flash_attn._torch_tier")?.getattr("forward")?.call((q, k, v), Some(&keywords))?;

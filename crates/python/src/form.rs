@@ -1,6 +1,7 @@
 //! The public functions differ in how they pack q, k and v; this is where those differences end.
 
 use mtlflashattn_core as core;
+use pyo3::intern;
 use pyo3::prelude::*;
 
 use crate::call::{Slot, Tensors};
@@ -18,10 +19,42 @@ pub enum Packing {
     All,
 }
 
+/// Where the heads stand in q, k, v and out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HeadAxis {
+    /// Behind the tokens, as in flash_attn: `[batch, seqlen, heads, head_dim]`.
+    AfterTokens,
+    /// Before them, as in torch's `scaled_dot_product_attention`: `[batch, heads, seqlen, head_dim]`. Not packed.
+    BeforeTokens(OutLayout),
+}
+
+/// How out lies in memory where heads stand before tokens: torch has all three.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OutLayout {
+    /// As `torch.empty_like(q)`.
+    LikeQuery,
+    /// In the order of its dimensions.
+    Contiguous,
+    /// With tokens before heads, as linear layers read it.
+    TokensFirst,
+}
+
+impl OutLayout {
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "like_query" => Some(Self::LikeQuery),
+            "contiguous" => Some(Self::Contiguous),
+            "tokens_first" => Some(Self::TokensFirst),
+            _ => None,
+        }
+    }
+}
+
 /// What kind of public function was called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Form {
     pub packing: Packing,
+    pub head_axis: HeadAxis,
     /// Ragged sequences behind one another, with `cu_seqlens`.
     pub varlen: bool,
     /// The bias is called `mask` by the caller.
@@ -36,7 +69,28 @@ impl Form {
             2 => Packing::KeyValue,
             _ => Packing::Separate,
         };
-        Self { packing, varlen, boolean_mask }
+        Self { packing, head_axis: HeadAxis::AfterTokens, varlen, boolean_mask }
+    }
+
+    /// `scaled_dot_product_attention`.
+    pub const fn heads_first(out: OutLayout, boolean_mask: bool) -> Self {
+        Self { packing: Packing::Separate, head_axis: HeadAxis::BeforeTokens(out), varlen: false, boolean_mask }
+    }
+
+    /// `view` with its heads behind its tokens, where engines look for them.
+    pub const fn tokens_first(self, view: View) -> View {
+        match self.head_axis {
+            HeadAxis::AfterTokens => view,
+            HeadAxis::BeforeTokens(_) => view.with_middle_swapped(),
+        }
+    }
+
+    /// The same of a torch tensor.
+    pub fn tokens_first_tensor<'py>(self, tensor: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        match self.head_axis {
+            HeadAxis::AfterTokens => Ok(tensor.clone()),
+            HeadAxis::BeforeTokens(_) => tensor.call_method1(intern!(tensor.py(), "transpose"), (1, 2)),
+        }
     }
 
     /// The name that the caller knows an argument by.
@@ -76,7 +130,7 @@ impl Form {
     pub fn split(self, views: &Tensors<View>) -> Result<[View; 3]> {
         let q = views.q();
         match (self.packing, views.get(Slot::K), views.get(Slot::V)) {
-            (Packing::Separate, Some(k), Some(v)) => Ok([*q, *k, *v]),
+            (Packing::Separate, Some(k), Some(v)) => Ok([*q, *k, *v].map(|view| self.tokens_first(view))),
             (Packing::KeyValue, Some(kv), _) => {
                 let axis = self.packed_axis("kv", kv, 2)?;
                 Ok([*q, kv.select(axis, 0), kv.select(axis, 1)])
@@ -106,7 +160,10 @@ impl Form {
             packed.call_method1("unbind", (-3,))?.try_iter()?.collect()
         };
         let parts = match (self.packing, tensors.get(Slot::K), tensors.get(Slot::V)) {
-            (Packing::Separate, Some(k), Some(v)) => vec![tensors.q().clone(), k.clone(), v.clone()],
+            (Packing::Separate, Some(k), Some(v)) => [tensors.q(), k, v]
+                .map(|tensor| self.tokens_first_tensor(tensor))
+                .into_iter()
+                .collect::<PyResult<_>>()?,
             (Packing::KeyValue, Some(kv), _) => [vec![tensors.q().clone()], unbind(kv)?].concat(),
             _ => unbind(tensors.q())?,
         };

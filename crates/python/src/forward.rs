@@ -7,12 +7,12 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::PyTuple;
 
 use crate::arguments;
-use crate::call::{Numbers, Tensors, describe};
+use crate::call::{Numbers, Slot, Tensors, describe};
 use crate::error::{Error, Result, guard};
 use crate::execute::{execute, read_plain, unreadable};
-use crate::form::Form;
+use crate::form::{Form, OutLayout};
 use crate::operator;
-use crate::tensor::{Place, View};
+use crate::tensor::{Element, Place, View};
 use crate::torch::Torch;
 
 /// Attention as the public functions ask for it. `packing` counts the tensors that came as one: 1 is q, k, v; 2 is q, kv;
@@ -144,12 +144,60 @@ pub fn execute_operator<'py>(py: Python<'py>, arguments: &Bound<'py, PyTuple>) -
     guard(|| {
         let torch = Torch::get(py)?;
         let (form, numbers, tensors) = operator::from_python(arguments)?;
-        let place = Place::of(tensors.q())?;
-        let mut views = Tensors::none();
-        for (slot, tensor) in tensors.present() {
-            let view = if place == Place::Cpu { read_plain(torch, tensor)? } else { View::describe(tensor)? };
-            views.set(slot, view.ok_or_else(|| unreadable(slot.name()))?);
-        }
+        let mut views = read_any(torch, &tensors)?;
         execute(py, torch, form, &numbers, tensors, &mut views, true)
     })
+}
+
+/// `scaled_dot_product_attention` without gradients, dropout and broadcasting of q, k and v:
+/// q `[batch, heads, seqlen, head_dim]`, and so on. `out_layout` is a name of [`OutLayout`].
+#[pyfunction]
+#[pyo3(signature = (query, key, value, attn_mask, is_causal, scale, out_layout, /))]
+#[allow(clippy::too_many_arguments, reason = "positional arguments are the quickest way into Rust")]
+pub fn sdpa<'py>(
+    py: Python<'py>,
+    query: Bound<'py, PyAny>,
+    key: Bound<'py, PyAny>,
+    value: Bound<'py, PyAny>,
+    attn_mask: Option<Bound<'py, PyAny>>,
+    is_causal: bool,
+    scale: Option<f64>,
+    out_layout: &str,
+) -> PyResult<Bound<'py, PyAny>> {
+    guard(|| {
+        let torch = Torch::get(py)?;
+        let layout = OutLayout::from_name(out_layout).ok_or_else(|| {
+            Error::Problem(core::Error::Value {
+                argument: "out_layout",
+                got: out_layout.into(),
+                allowed: "like_query, contiguous or tokens_first".into(),
+            })
+        })?;
+        let tensors = Tensors::new([Some(query), Some(key), Some(value), None, None, None, attn_mask, None]);
+        let mut views = read_any(torch, &tensors)?;
+        let boolean_mask = views.get(Slot::Bias).is_some_and(|view| view.element == Element::Bool);
+        let form = Form::heads_first(layout, boolean_mask);
+        tensors.check_gradients(torch, form)?;
+        let numbers = Numbers {
+            max_seqlen: (0, 0),
+            softmax_scale: scale,
+            causal: is_causal,
+            window: (-1, -1),
+            softcap: 0.0,
+            top_left: true,
+        };
+        execute(py, torch, form, &numbers, tensors, &mut views, false)
+    })
+}
+
+/// Reads tensors of one place, whichever it is.
+fn read_any(torch: &Torch, tensors: &Tensors<Bound<'_, PyAny>>) -> Result<Tensors<View>> {
+    let place = Place::of(tensors.q())?;
+    let mut views = Tensors::none();
+    for (slot, tensor) in tensors.present() {
+        let view = if place == Place::Cpu { read_plain(torch, tensor)? } else { View::describe(tensor)? };
+        let here = view.filter(|view| view.place == place);
+        views.set(slot, here.ok_or_else(|| unreadable(slot.name()))?);
+    }
+    Ok(views)
 }

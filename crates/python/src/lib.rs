@@ -38,7 +38,7 @@ mod _native {
     #[pymodule_export]
     use super::error::_panic;
     #[pymodule_export]
-    use super::forward::{execute_operator, forward};
+    use super::forward::{execute_operator, forward, sdpa};
     #[pymodule_export]
     use super::machine::{fma_peak, instruction_sets, read_bandwidth};
     #[pymodule_export]
@@ -46,7 +46,7 @@ mod _native {
     #[pymodule_export]
     use super::plan::{Plan, plan};
     #[pymodule_export]
-    use super::settings::_pretend_mps;
+    use super::settings::{_pretend_mps, sdpa_settings};
     #[pymodule_export]
     use super::simulated::{SimulatedLibrary, SimulatedPipeline};
     #[pymodule_export]

@@ -6,7 +6,7 @@ use pyo3::types::PyTuple;
 
 use crate::call::{Numbers, Slot, Tensors};
 use crate::error::Result;
-use crate::form::{Form, Packing};
+use crate::form::Form;
 
 /// Writes a public call as arguments of the operator; packed tensors are taken apart.
 pub fn to_python<'py>(
@@ -40,7 +40,7 @@ pub fn from_python<'py>(arguments: &Bound<'py, PyTuple>) -> PyResult<(Form, Numb
     let top_left = next()?.extract()?;
     let numbers = Numbers { max_seqlen, softmax_scale, causal, window, softcap, top_left };
     let boolean_mask = bias.as_ref().map_or(Ok(false), is_boolean)?;
-    let form = Form { packing: Packing::Separate, varlen: cu_seqlens_q.is_some(), boolean_mask };
+    let form = Form::new(1, cu_seqlens_q.is_some(), boolean_mask);
     let tensors = Tensors::new([q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, bias, sinks]);
     Ok((form, numbers, tensors))
 }

@@ -76,6 +76,14 @@ pub fn _pretend_mps(py: Python<'_>, on: bool) -> PyResult<()> {
     Ok(())
 }
 
+/// `MTLFLASHATTN_SDPA` and the thresholds of its gates: (auto, on or off; GiB of scores; lengths).
+#[pyfunction]
+pub fn sdpa_settings(py: Python<'_>) -> PyResult<(&'static str, f64, usize, usize)> {
+    let resolved = current(py)?;
+    let Settings { sdpa, sdpa_min_gb, sdpa_min_seq, sdpa_fast_min_seq, .. } = resolved.values;
+    Ok((sdpa.name(), sdpa_min_gb, sdpa_min_seq, sdpa_fast_min_seq))
+}
+
 /// The environment that the settings were parsed from, and the settings.
 static CACHED: Mutex<Option<(Environment, Arc<Resolved>)>> = Mutex::new(None);
 

@@ -163,6 +163,15 @@ impl View {
         part
     }
 
+    /// The same with the second and the third of four dimensions in the other order.
+    pub const fn with_middle_swapped(mut self) -> Self {
+        if self.rank == 4 {
+            self.shape.swap(1, 2);
+            self.strides.swap(1, 2);
+        }
+        self
+    }
+
     fn new(data: *mut u8, element: Element, place: Place, sizes: impl Iterator<Item = (i64, i64)>) -> Option<Self> {
         let mut view = Self { data, element, place, rank: 0, shape: [0; MAX_DIMS], strides: [0; MAX_DIMS] };
         for (size, stride) in sizes {
