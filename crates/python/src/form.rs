@@ -22,7 +22,7 @@ pub enum Packing {
 /// Where the heads stand in q, k, v and out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HeadAxis {
-    /// Behind the tokens, as in flash_attn: `[batch, seqlen, heads, head_dim]`.
+    /// Behind the tokens, as in `flash_attn`: `[batch, seqlen, heads, head_dim]`.
     AfterTokens,
     /// Before them, as in torch's `scaled_dot_product_attention`: `[batch, heads, seqlen, head_dim]`. Not packed.
     BeforeTokens(OutLayout),
