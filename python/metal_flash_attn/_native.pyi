@@ -17,6 +17,8 @@ __all__ = [
     "_plan_elsewhere",
     "_pretend_mps",
     "_settings",
+    "backward_into",
+    "execute_backward",
     "execute_operator",
     "fma_peak",
     "forward",
@@ -69,6 +71,9 @@ class TraceEntry:
     @property
     def tier(self) -> str:
         """The tier that served."""
+    @property
+    def backward(self) -> bool:
+        """Whether it served gradients."""
 
 @final
 class Trace:
@@ -133,6 +138,22 @@ def sdpa(
 
 def sdpa_settings() -> tuple[str, float, int, int]:
     """`MTLFLASHATTN_SDPA`, and `_MIN_GB`, `_MIN_SEQ` and `_FAST_MIN_SEQ` of it."""
+
+def execute_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """The body of `torch.ops.mtlflashattn.backward`."""
+
+def backward_into(
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dbias: Tensor | None,
+    dsinks: Tensor | None,
+    *arguments: Any,
+) -> None:
+    """Writes gradients; None for those that are not wanted.
+
+    The other arguments are those of `torch.ops.mtlflashattn.backward` without its last.
+    """
 
 def plan(
     q: Tensor,

@@ -1,36 +1,59 @@
-"""`torch.ops.mtlflashattn.forward`: attention as an operator that torch can see.
+"""`torch.ops.mtlflashattn.forward` and `backward`: attention as operators that torch can see.
 
-Plain CPU tensors in eager mode do not come this way. Everything else does: torch.compile and
-export, fake and meta tensors, functorch, subclasses, dispatch modes, other devices.
+Plain CPU and MPS tensors in eager mode do not come this way. Everything else does: torch.compile
+and export, fake and meta tensors, functorch, subclasses, dispatch modes, other devices.
 """
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ._native import execute_operator
+from ._native import execute_backward, execute_operator
 
 # q, k and v apart, lengths and window as numbers; both the order and the names are those of
 # crates/python/src/operator.rs.
-_SCHEMA = """forward(
+_ARGUMENTS = """
     Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,
     SymInt max_seqlen_q, SymInt max_seqlen_k, float? softmax_scale,
     bool causal, SymInt window_left, SymInt window_right, float softcap,
-    Tensor? alibi_slopes, Tensor? bias, Tensor? sinks, bool top_left
-) -> (Tensor out, Tensor lse)"""
+    Tensor? alibi_slopes, Tensor? bias, Tensor? sinks, bool top_left"""
+
+_FORWARD_SCHEMA = f"forward({_ARGUMENTS}) -> (Tensor out, Tensor lse)"
+
+# Gradients that are not wanted come back empty.
+_BACKWARD_SCHEMA = f"""backward(
+    Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_ARGUMENTS}, bool[5] wanted
+) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias, Tensor grad_sinks)"""
 
 _MAX_DIMS = 5
 
 _LIBRARY = torch.library.Library("mtlflashattn", "DEF")
-_LIBRARY.define(" ".join(_SCHEMA.split()), tags=(torch.Tag.pt2_compliant_tag,))
+for _schema in (_FORWARD_SCHEMA, _BACKWARD_SCHEMA):
+    _LIBRARY.define(" ".join(_schema.split()), tags=(torch.Tag.pt2_compliant_tag,))
 _FORWARD = torch.ops.mtlflashattn.forward.default
+_BACKWARD = torch.ops.mtlflashattn.backward.default
+
+# Places among the arguments of the forward operator.
+_Q, _K, _V, _CU_SEQLENS_Q, _CU_SEQLENS_K, _ALIBI_SLOPES, _BIAS, _SINKS = 0, 1, 2, 3, 4, 12, 13, 14
+_TENSORS = (_Q, _K, _V, _CU_SEQLENS_Q, _CU_SEQLENS_K, _ALIBI_SLOPES, _BIAS, _SINKS)
+DIFFERENTIABLE = (_Q, _K, _V, _BIAS, _SINKS)
+"""Arguments of the forward operator that have gradients, in the order of the backward's results."""
 
 
 def dispatch(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Calls the operator."""
-    result: tuple[Tensor, Tensor] = _FORWARD(*arguments)
+    """Calls the forward operator."""
+    call = _Forward.apply if torch._C._are_functorch_transforms_active() else _FORWARD
+    result: tuple[Tensor, Tensor] = call(*arguments)
+    return result
+
+
+def dispatch_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Calls the backward operator."""
+    call = _Backward.apply if torch._C._are_functorch_transforms_active() else _BACKWARD
+    result: tuple[Tensor, ...] = call(*arguments)
     return result
 
 
@@ -46,15 +69,9 @@ def check_tensor(name: str, tensor: Any) -> None:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}; allowed: at most {_MAX_DIMS} dimensions"
         )
-    if _needs_gradient(tensor):
-        raise NotImplementedError(_NO_GRADIENT.format(name))
-
-
-def _needs_gradient(tensor: Tensor) -> bool:
-    if tensor.requires_grad and torch.is_grad_enabled():
-        return True
     # Forward mode: a level is open and the tensor carries a tangent.
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise NotImplementedError(_NO_TANGENT.format(name))
 
 
 def traced(
@@ -114,39 +131,127 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     return out, q.new_empty(lse_shape, dtype=torch.float32)
 
 
-def _refuse_gradient(ctx: Any, inputs: Any, output: Any) -> NoReturn:
-    """Called when an input requires grad and grad mode is on: results must not come detached."""
+def allocate_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    """Uninitialised gradients as `torch.empty_like` lays them out, with contiguous rows."""
+    return tuple(
+        like_rows(tensor) if tensor is not None and is_wanted else q.new_empty((0,))
+        for tensor, is_wanted in zip((q, k, v, bias, sinks), wanted, strict=True)
+    )
+
+
+def like_rows(tensor: Tensor) -> Tensor:
+    """`torch.empty_like(tensor)`, or contiguous where that would leave rows with gaps."""
+    if tensor.dim() == 0 or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1:
+        like = torch.empty_like(tensor)
+        if tensor.dim() == 0 or like.shape[-1] <= 1 or like.stride(-1) == 1:
+            return like
+    return tensor.new_empty(tensor.shape)
+
+
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    call, wanted = arguments[4:-1], arguments[-1]
+    q, k, v, bias, sinks = (call[place] for place in DIFFERENTIABLE)
+    return allocate_gradients(q, k, v, bias, sinks, wanted)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    if ctx.needs_input_grad[_ALIBI_SLOPES]:
+        raise NotImplementedError(_NO_SLOPE_GRADIENT)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*(inputs[place] for place in _TENSORS), *output)
+    ctx.inputs = [None if place in _TENSORS else value for place, value in enumerate(inputs)]
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    gradients: list[Tensor | None] = [None] * len(ctx.inputs)
+    if grad_out is None and grad_lse is None:
+        return tuple(gradients)
+    *tensors, out, lse = ctx.saved_tensors
+    call = list(ctx.inputs)
+    for place, tensor in zip(_TENSORS, tensors, strict=True):
+        call[place] = tensor
+    wanted = [ctx.needs_input_grad[place] for place in DIFFERENTIABLE]
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    results = dispatch_backward(grad_out, grad_lse, out, lse, *call, wanted)
+    for place, is_wanted, result in zip(DIFFERENTIABLE, wanted, results, strict=True):
+        gradients[place] = result if is_wanted else None
+    return tuple(gradients)
+
+
+def _ignore(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     del ctx, inputs, output
-    raise NotImplementedError(_NO_GRADIENT.format("q, k, v"))
 
 
-def _backward(ctx: Any, *gradients: Any) -> NoReturn:
-    del gradients
-    _refuse_gradient(ctx, None, None)
+def _refuse_second_derivative(ctx: Any, *gradients: Any) -> NoReturn:
+    del ctx, gradients
+    raise NotImplementedError(
+        "attention has no second derivatives here; use torch's scaled_dot_product_attention under "
+        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+    )
 
 
-def _vmap(
-    info: Any, in_dims: tuple[int | None, ...], *arguments: Any
-) -> tuple[Any, tuple[int, int]]:
-    """The rule of torch.vmap: one call for each slice."""
-    results = []
-    for index in range(info.batch_size):
-        slices = [
-            argument if dim is None else argument.select(dim, index)
-            for argument, dim in zip(arguments, in_dims, strict=True)
-        ]
-        results.append(_FORWARD(*slices))
-    return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0, 0)
+def _slice_by_slice(operator: Any) -> Callable[..., tuple[Any, tuple[int, ...]]]:
+    """A rule for torch.vmap: one call for each slice."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        results = []
+        for index in range(info.batch_size):
+            slices = [
+                argument.select(dim, index) if isinstance(dim, int) else argument
+                for argument, dim in zip(arguments, in_dims, strict=True)
+            ]
+            results.append(operator(*slices))
+        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    return rule
 
 
-_NO_GRADIENT = (
-    "{}: a tensor that requires grad is not supported; call under torch.no_grad(), or pass "
-    "tensor.detach()"
+def _refuse_tangent(ctx: Any, *tangents: Any) -> NoReturn:
+    del ctx, tangents
+    raise NotImplementedError(_NO_TANGENT.format("q, k, v"))
+
+
+_vmap_forward, _vmap_backward = _slice_by_slice(_FORWARD), _slice_by_slice(_BACKWARD)
+
+
+class _Forward(torch.autograd.Function):
+    """The forward operator for torch.func, which cannot differentiate what a library registers."""
+
+    forward = staticmethod(_FORWARD.__call__)
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_backward)
+    jvp = staticmethod(_refuse_tangent)
+    vmap = staticmethod(_vmap_forward)
+
+
+class _Backward(torch.autograd.Function):
+    """The backward operator for torch.func."""
+
+    forward = staticmethod(_BACKWARD.__call__)
+    setup_context = staticmethod(_ignore)
+    backward = staticmethod(_refuse_second_derivative)
+    jvp = staticmethod(_refuse_tangent)
+    vmap = staticmethod(_vmap_backward)
+
+
+_NO_TANGENT = "{}: forward-mode derivatives are not supported; use reverse mode (backward)"
+_NO_SLOPE_GRADIENT = (
+    "alibi_slopes: a tensor that requires grad is not supported; pass alibi_slopes.detach()"
 )
 
 _LIBRARY.impl("forward", execute_operator, "CompositeExplicitAutograd")
+_LIBRARY.impl("backward", execute_backward, "CompositeExplicitAutograd")
 torch.library.register_fake(_FORWARD._name, _fake, lib=_LIBRARY)
-torch.library.register_autograd(
-    _FORWARD._name, _backward, setup_context=_refuse_gradient, lib=_LIBRARY
-)
-torch.library.register_vmap(_FORWARD._name, _vmap, lib=_LIBRARY)
+torch.library.register_fake(_BACKWARD._name, _fake_backward, lib=_LIBRARY)
+torch.library.register_autograd(_FORWARD._name, _backward, setup_context=_save, lib=_LIBRARY)
+torch.library.register_autograd(_BACKWARD._name, _refuse_second_derivative, lib=_LIBRARY)
+torch.library.register_vmap(_FORWARD._name, _vmap_forward, lib=_LIBRARY)
+torch.library.register_vmap(_BACKWARD._name, _vmap_backward, lib=_LIBRARY)

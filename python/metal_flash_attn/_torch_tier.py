@@ -2,9 +2,11 @@
 
 Scores of a chunk are held as `[B, Hk, G, rows, keys]` with G = H / Hk query heads to a key head:
 a group shares its keys and values without repeating them. Keys that no row sees stay untouched.
+The backward pass computes the same scores again and takes the probabilities from the log-sum-exp.
 """
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -78,12 +80,11 @@ def _attend_packed(
     for sequence in range(len(query_offsets) - 1):
         queries = slice(query_offsets[sequence], query_offsets[sequence + 1])
         keys = slice(key_offsets[sequence], key_offsets[sequence + 1])
-        own_slopes = alibi_slopes is not None and alibi_slopes.dim() == 2
         _attend(
             q[None, queries],
             k[None, keys],
             v[None, keys],
-            alibi_slopes[sequence] if alibi_slopes is not None and own_slopes else alibi_slopes,
+            _own_slopes(alibi_slopes, sequence),
             None,
             out[None, queries],
             lse[None, :, queries],
@@ -102,6 +103,23 @@ def _attend(
     rules: Rules,
 ) -> None:
     """Sequences of equal length, `[B, L, heads, dim]`."""
+    for chunk in _chunks(q, k, bias, rules):
+        rows, keys = chunk.rows, chunk.keys
+        scores, _ = _scores(q[:, rows], k[:, keys], alibi_slopes, chunk, rules)
+        out[:, rows], lse[:, :, rows] = _weigh(scores, v[:, keys], rules.sinks)
+
+
+class Chunk(NamedTuple):
+    """Query rows that are computed together, and the keys that some of them see."""
+
+    rows: slice
+    keys: slice
+    distance: Tensor
+    """Of each key from the diagonal of each row."""
+    bias: Tensor | None
+
+
+def _chunks(q: Tensor, k: Tensor, bias: Tensor | None, rules: Rules) -> Iterator[Chunk]:
     batch, query_len, heads, _ = q.shape
     key_len = k.shape[1]
     shift = 0 if rules.top_left else key_len - query_len
@@ -115,34 +133,24 @@ def _attend(
         rows, keys = slice(start, stop), slice(low, max(low, high))
         diagonal = torch.arange(start, stop, device=q.device)[:, None] + shift
         distance = torch.arange(low, keys.stop, device=q.device) - diagonal
-        scores = _scores(
-            q[:, rows],
-            k[:, keys],
-            distance,
-            alibi_slopes,
-            None if bias is None else bias[:, :, rows, keys],
-            rules,
-        )
-        out[:, rows], lse[:, :, rows] = _weigh(scores, v[:, keys], rules.sinks)
+        yield Chunk(rows, keys, distance, None if bias is None else bias[:, :, rows, keys])
 
 
 def _scores(
-    q: Tensor,
-    k: Tensor,
-    distance: Tensor,
-    alibi_slopes: Tensor | None,
-    bias: Tensor | None,
-    rules: Rules,
-) -> Tensor:
-    """Final scores `[B, Hk, G, rows, keys]`; -inf where a key is hidden."""
+    q: Tensor, k: Tensor, alibi_slopes: Tensor | None, chunk: Chunk, rules: Rules
+) -> tuple[Tensor, Tensor | None]:
+    """Final scores `[B, Hk, G, rows, keys]`, -inf where a key is hidden, and the softcap's tanh."""
     batch, rows, heads, dim = q.shape
     keys, key_heads = k.shape[1:3]
     group = (key_heads, heads // key_heads)
+    distance, bias = chunk.distance, chunk.bias
     queries = q.float().transpose(1, 2).reshape(batch, key_heads, group[1] * rows, dim)
     scores = (queries @ k.float().permute(0, 2, 3, 1)).view(batch, *group, rows, keys)
     scores = scores * rules.scale
+    tanh = None
     if rules.softcap > 0:
-        scores = torch.tanh(scores / rules.softcap) * rules.softcap
+        tanh = torch.tanh(scores / rules.softcap)
+        scores = tanh * rules.softcap
     if alibi_slopes is not None:
         slopes = alibi_slopes.reshape(-1, *group, 1, 1)
         scores = scores - slopes * distance.abs().float()
@@ -154,7 +162,7 @@ def _scores(
         scores = scores.masked_fill(distance < -rules.left, -math.inf)
     if rules.right is not None:
         scores = scores.masked_fill(distance > rules.right, -math.inf)
-    return scores
+    return scores, tanh
 
 
 def _weigh(scores: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -179,3 +187,148 @@ def _weigh(scores: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Ten
     out = torch.where(total == 0, 0.0, values / total)
     lse = torch.where(total == 0, math.inf, largest + torch.log(total))
     return out.permute(0, 3, 1, 2, 4).flatten(2, 3), lse.squeeze(-1).flatten(1, 2)
+
+
+class Gradients(NamedTuple):
+    """Where gradients go; None for those that are not wanted."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    bias: Tensor | None
+    sinks: Tensor | None
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    offsets: tuple[list[int], list[int]] | None,
+    alibi_slopes: Tensor | None,
+    bias: Tensor | None,
+    results: tuple[Tensor, Tensor],
+    result_gradients: tuple[Tensor, Tensor | None],
+    gradients: tuple[Tensor | None, ...],
+    rules: tuple[float, float, int | None, int | None, bool, Tensor | None, int],
+) -> None:
+    """Writes the gradients of a checked problem.
+
+    With `p = exp(score - lse)` and `delta = sum(out * d_out) - d_lse` of a row: `dv += p d_out`,
+    `d_score = p (d_out . v - delta)`, which is also the gradient of the bias, and the gradient of
+    a sink is `-p delta` (Dao, "FlashAttention-2", 2023, algorithm 2).
+
+    Args:
+        q, k, v, offsets, alibi_slopes, bias, rules: see `forward`.
+        results: out and lse of the forward pass. Rows with an infinite lse have no gradient.
+        result_gradients: the gradients of out and, where there is one, of lse.
+        gradients: see `Gradients`; shaped like what they are gradients of.
+    """
+    to, parsed = Gradients(*gradients), Rules(*rules)
+    out, lse = results
+    d_out, d_lse = result_gradients
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        # Heads before rows in `[B, H, Lq]` and `[H, Tq]` alike.
+        delta = (out.float() * d_out.float()).sum(-1).transpose(-1, -2)
+        delta = delta if d_lse is None else delta - d_lse
+        lse = lse.masked_fill(lse == -math.inf, math.inf)
+        if to.sinks is not None and parsed.sinks is not None:
+            weighted = torch.exp(parsed.sinks[:, None] - lse) * delta
+            to.sinks.copy_(-weighted.sum([0, 2] if weighted.dim() == 3 else 1))
+        if offsets is None:
+            _differentiate(q, k, v, alibi_slopes, bias, lse, delta, d_out, to, parsed)
+            return
+        for gradient in to[:3]:
+            if gradient is not None:
+                gradient.zero_()
+        query_offsets, key_offsets = offsets
+        for sequence in range(len(query_offsets) - 1):
+            queries = slice(query_offsets[sequence], query_offsets[sequence + 1])
+            keys = slice(key_offsets[sequence], key_offsets[sequence + 1])
+            _differentiate(
+                q[None, queries],
+                k[None, keys],
+                v[None, keys],
+                _own_slopes(alibi_slopes, sequence),
+                None,
+                lse[None, :, queries],
+                delta[None, :, queries],
+                d_out[None, queries],
+                Gradients(
+                    None if to.q is None else to.q[None, queries],
+                    None if to.k is None else to.k[None, keys],
+                    None if to.v is None else to.v[None, keys],
+                    None,
+                    None,
+                ),
+                parsed,
+            )
+
+
+def _differentiate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alibi_slopes: Tensor | None,
+    bias: Tensor | None,
+    lse: Tensor,
+    delta: Tensor,
+    d_out: Tensor,
+    to: Gradients,
+    rules: Rules,
+) -> None:
+    """Sequences of equal length: lse and delta `[B, H, Lq]`, the others `[B, L, heads, dim]`."""
+    key_heads = k.shape[2]
+    group = (key_heads, q.shape[2] // key_heads)
+    # `[B, Hk, Lk, dim]`, the order of the products.
+    d_k, d_v = (
+        None if to_one is None else one.new_zeros(one.transpose(1, 2).shape, dtype=torch.float32)
+        for to_one, one in ((to.k, k), (to.v, v))
+    )
+    d_bias = None if to.bias is None else to.bias.new_zeros(to.bias.shape, dtype=torch.float32)
+    for chunk in _chunks(q, k, bias, rules):
+        rows, keys = chunk.rows, chunk.keys
+        scores, tanh = _scores(q[:, rows], k[:, keys], alibi_slopes, chunk, rules)
+        probabilities = torch.exp(scores - lse[:, :, rows].unflatten(1, group)[..., None])
+        above = _grouped(d_out[:, rows], key_heads)
+        if d_v is not None:
+            d_v[:, :, keys] += probabilities.flatten(2, 3).transpose(-1, -2) @ above
+        d_scores = (above @ v[:, keys].float().permute(0, 2, 3, 1)).view_as(scores)
+        d_scores = (d_scores - delta[:, :, rows].unflatten(1, group)[..., None]) * probabilities
+        if d_bias is not None:
+            _add_bias_gradient(d_bias, d_scores.flatten(1, 2), chunk)
+        if tanh is not None:
+            d_scores = d_scores * (1 - tanh * tanh)
+        d_scores = (d_scores * rules.scale).flatten(2, 3)
+        if to.q is not None:
+            d_q = d_scores @ k[:, keys].float().transpose(1, 2)
+            to.q[:, rows] = d_q.unflatten(2, (group[1], -1)).flatten(1, 2).transpose(1, 2)
+        if d_k is not None:
+            d_k[:, :, keys] += d_scores.transpose(-1, -2) @ _grouped(q[:, rows], key_heads)
+    for gradient, sums in ((to.k, d_k), (to.v, d_v)):
+        if gradient is not None and sums is not None:
+            gradient.copy_(sums.transpose(1, 2))
+    if to.bias is not None and d_bias is not None:
+        to.bias.copy_(d_bias)
+
+
+def _grouped(rows: Tensor, key_heads: int) -> Tensor:
+    """`[B, rows, H, dim]` as float32 `[B, Hk, G * rows, dim]`."""
+    heads_first: Tensor = rows.float().transpose(1, 2).unflatten(1, (key_heads, -1))
+    return heads_first.flatten(2, 3)
+
+
+def _add_bias_gradient(total: Tensor, d_scores: Tensor, chunk: Chunk) -> None:
+    """Adds `[B, H, rows, keys]`, summed over the dimensions that the bias is broadcast along."""
+    total = total[(None,) * (4 - total.dim())]
+    sums = [axis for axis, size in enumerate(total.shape) if size == 1]
+    rows = slice(None) if 2 in sums else chunk.rows
+    keys = slice(None) if 3 in sums else chunk.keys
+    total[:, :, rows, keys] += d_scores.sum(sums, keepdim=True) if sums else d_scores
+
+
+def _own_slopes(alibi_slopes: Tensor | None, sequence: int) -> Tensor | None:
+    """The ALiBi slopes of one sequence of a packed batch."""
+    if alibi_slopes is None or alibi_slopes.dim() == 1:
+        return alibi_slopes
+    return alibi_slopes[sequence]

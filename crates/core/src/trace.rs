@@ -24,6 +24,8 @@ pub struct Key {
     pub causal: bool,
     /// The tier that served.
     pub tier: Tier,
+    /// Whether it served gradients.
+    pub backward: bool,
 }
 
 impl Key {
@@ -38,12 +40,19 @@ impl Key {
             key_len: problem.lengths.max_key_len(),
             causal: problem.mask.right == Some(0),
             tier,
+            backward: false,
         }
     }
 
+    /// The key of the gradients of a call.
+    #[must_use]
+    pub fn of_backward(problem: &Problem, tier: Tier) -> Self {
+        Self { backward: true, ..Self::of(problem, tier) }
+    }
+
     fn rank(&self) -> impl Ord + use<> {
-        let Self { dtype, head_dim, value_dim, query_len, key_len, causal, tier } = *self;
-        (dtype.name(), head_dim, value_dim, query_len, key_len, causal, tier.name())
+        let Self { dtype, head_dim, value_dim, query_len, key_len, causal, tier, backward } = *self;
+        (dtype.name(), head_dim, value_dim, query_len, key_len, causal, tier.name(), backward)
     }
 }
 
@@ -74,10 +83,10 @@ struct Calls {
 }
 
 impl Trace {
-    /// Counts one call that `tier` served. Calls with a new key are counted together once there are [`MAX_KEYS`] keys.
-    /// `passed_over` gives the reasons of the other tiers; it is called for the first call of a key only.
-    pub fn record(&mut self, problem: &Problem, tier: Tier, passed_over: impl FnOnce() -> Vec<(Tier, Reason)>) {
-        let key = Key::of(problem, tier);
+    /// Counts one call. Calls with a new key are counted together once there are [`MAX_KEYS`] keys. `passed_over` gives
+    /// the reasons of the other tiers; it is called for the first call of a key only.
+    pub fn record(&mut self, key: Key, passed_over: impl FnOnce() -> Vec<(Tier, Reason)>) {
+        let tier = key.tier;
         if let Some(calls) = self.calls.get_mut(&key) {
             calls.count += 1;
         } else if self.calls.len() < MAX_KEYS {
@@ -147,10 +156,11 @@ impl Trace {
             };
             let Key { dtype, query_len, key_len, tier, .. } = key;
             let (dtype, causal) = (dtype.name(), if key.causal { 'T' } else { 'F' });
+            let pass = if key.backward { " (backward)" } else { "" };
             // Writing to a String cannot fail.
             let _ = write!(
                 text,
-                "\n  calls={calls:<6} {dtype:<9} D={dim:<4} Lq={query_len:<6} Lk={key_len:<6} causal={causal}  -> {tier}"
+                "\n  calls={calls:<6} {dtype:<9} D={dim:<4} Lq={query_len:<6} Lk={key_len:<6} causal={causal}  -> {tier}{pass}"
             );
         }
         if self.other_calls > 0 {
@@ -192,11 +202,11 @@ mod tests {
             problem(Dtype::F32, [77, 77], [192, 128], true),
         );
         for _ in 0..990 {
-            trace.record(&long, Tier::Cpu, alone);
+            trace.record(Key::of(&long, Tier::Cpu), alone);
         }
-        trace.record(&causal, Tier::Cpu, alone);
-        trace.record(&short, Tier::Torch, alone);
-        trace.record(&short, Tier::Torch, alone);
+        trace.record(Key::of(&causal, Tier::Cpu), alone);
+        trace.record(Key::of(&short, Tier::Torch), alone);
+        trace.record(Key::of(&short, Tier::Torch), alone);
         assert_eq!(
             trace.summary(),
             "[MTLFLASHATTN_TRACE] 993 attention call(s), 3 distinct shape/kernel combos:\n  \
@@ -224,9 +234,9 @@ mod tests {
             ]
         };
         for query_len in [5, 5, 6] {
-            trace.record(&problem(Dtype::F32, [query_len, 9], [8, 8], false), Tier::Torch, why);
+            trace.record(Key::of(&problem(Dtype::F32, [query_len, 9], [8, 8], false), Tier::Torch), why);
         }
-        trace.record(&problem(Dtype::F32, [5, 9], [8, 8], false), Tier::Cpu, || {
+        trace.record(Key::of(&problem(Dtype::F32, [5, 9], [8, 8], false), Tier::Cpu), || {
             vec![(Tier::Tensorops, Reason::NeedsMetal), (Tier::Torch, Reason::After(Tier::Cpu))]
         });
         assert_eq!(asked.get(), 2);
@@ -243,9 +253,9 @@ mod tests {
     fn every_field_of_the_key_tells_calls_apart() {
         let mut trace = Trace::default();
         let same = problem(Dtype::F32, [7, 9], [8, 8], false);
-        trace.record(&same, Tier::Cpu, alone);
-        trace.record(&same, Tier::Cpu, alone);
-        trace.record(&same, Tier::Torch, alone);
+        trace.record(Key::of(&same, Tier::Cpu), alone);
+        trace.record(Key::of(&same, Tier::Cpu), alone);
+        trace.record(Key::of(&same, Tier::Torch), alone);
         for other in [
             problem(Dtype::F16, [7, 9], [8, 8], false),
             problem(Dtype::F32, [8, 9], [8, 8], false),
@@ -254,12 +264,14 @@ mod tests {
             problem(Dtype::F32, [7, 9], [8, 16], false),
             problem(Dtype::F32, [7, 9], [8, 8], true),
         ] {
-            trace.record(&other, Tier::Cpu, alone);
+            trace.record(Key::of(&other, Tier::Cpu), alone);
         }
+        trace.record(Key::of_backward(&same, Tier::Cpu), alone);
+        assert!(trace.summary().lines().any(|line| line.ends_with("-> cpu (backward)")));
         let entries = trace.entries();
-        assert_eq!(entries.len(), 8);
+        assert_eq!(entries.len(), 9);
         assert_eq!(entries[0], Entry { calls: 2, key: Key::of(&same, Tier::Cpu) });
-        assert_eq!(trace.total_calls(), 9);
+        assert_eq!(trace.total_calls(), 10);
     }
 
     #[test]
@@ -267,9 +279,9 @@ mod tests {
         let mut trace = Trace::default();
         let at = |query_len: usize| problem(Dtype::F32, [query_len as i64, 3], [8, 8], false);
         for query_len in 1..=MAX_KEYS + 10 {
-            trace.record(&at(query_len), Tier::Cpu, alone);
+            trace.record(Key::of(&at(query_len), Tier::Cpu), alone);
         }
-        trace.record(&at(1), Tier::Cpu, alone);
+        trace.record(Key::of(&at(1), Tier::Cpu), alone);
         assert_eq!(trace.entries().len(), MAX_KEYS);
         assert_eq!(trace.entries()[0], Entry { calls: 2, key: Key::of(&at(1), Tier::Cpu) });
         assert_eq!((trace.other_calls(), trace.total_calls()), (10, MAX_KEYS as u64 + 11));

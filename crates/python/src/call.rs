@@ -131,22 +131,26 @@ impl Tensors<Bound<'_, PyAny>> {
         Ok(())
     }
 
-    /// Refuses to drop a gradient.
-    pub fn check_gradients(&self, torch: &Torch, form: Form) -> Result<()> {
+    /// Whether a gradient is to be computed.
+    pub fn need_gradients(&self, torch: &Torch) -> Result<bool> {
         let py = self.q().py();
         if !torch.is_grad_enabled(py)? {
-            return Ok(());
+            return Ok(false);
         }
+        let mut needed = false;
         for (slot, tensor) in self.present() {
             if tensor.getattr(intern!(py, "requires_grad"))?.is_truthy()? {
-                return Err(Error::Problem(core::Error::Unsupported {
-                    argument: form.public_name(slot.name()),
-                    got: "a tensor that requires grad".into(),
-                    instead: "call under torch.no_grad(), or pass tensor.detach()".into(),
-                }));
+                if slot == Slot::AlibiSlopes {
+                    return Err(Error::Problem(core::Error::Unsupported {
+                        argument: slot.name(),
+                        got: "a tensor that requires grad".into(),
+                        instead: "pass alibi_slopes.detach()".into(),
+                    }));
+                }
+                needed = true;
             }
         }
-        Ok(())
+        Ok(needed)
     }
 }
 
@@ -263,7 +267,7 @@ fn bias_kind<'a>(
     }
 }
 
-fn dtype_error(argument: &'static str, object: &Bound<'_, PyAny>, allowed: &str) -> Error {
+pub fn dtype_error(argument: &'static str, object: &Bound<'_, PyAny>, allowed: &str) -> Error {
     let name = object.getattr(intern!(object.py(), "dtype")).and_then(|dtype| dtype.str()?.extract::<String>());
     let got = name.unwrap_or_else(|_| "unknown".into()).trim_start_matches("torch.").to_owned();
     Error::Problem(core::Error::Dtype { argument, got, allowed: allowed.into() })

@@ -62,7 +62,7 @@ pub fn unreadable(argument: &'static str) -> Error {
 
 /// Replaces tensors that no engine reads where they lie by copies: rows of q, k and v that are not contiguous, and
 /// memory that is not aligned.
-fn make_readable(torch: &Torch, objects: &mut Tensors<Bound<'_, PyAny>>, views: &mut Tensors<View>) -> Result<()> {
+pub fn make_readable(torch: &Torch, objects: &mut Tensors<Bound<'_, PyAny>>, views: &mut Tensors<View>) -> Result<()> {
     for slot in Slot::ALL {
         let (Some(object), Some(view)) = (objects.get(slot), views.get(slot)) else { continue };
         let copy = if slot.has_rows() && !view.has_contiguous_rows() {
@@ -210,13 +210,13 @@ fn operands<'py>(call: &Call<'_, 'py>, results: &Results<'py>) -> Result<Operand
 
 /// `cu_seqlens_*` of a packed call: copied, so that no other thread can change them after the check.
 #[derive(Default)]
-struct Offsets {
-    query: Vec<i32>,
-    key: Vec<i32>,
+pub struct Offsets {
+    pub query: Vec<i32>,
+    pub key: Vec<i32>,
 }
 
 impl Offsets {
-    fn read(
+    pub fn read(
         torch: &Torch,
         form: Form,
         objects: &Tensors<Bound<'_, PyAny>>,
@@ -388,6 +388,19 @@ fn finished(result: std::result::Result<(), cpu::Error>, raised: Option<PyErr>) 
     }
 }
 
+type TorchRules<'a, 'py> = (f32, f32, Option<usize>, Option<usize>, bool, Option<&'a Bound<'py, PyAny>>, usize);
+
+/// `Rules` of the torch tier.
+pub fn torch_rules<'a, 'py>(
+    problem: &Problem,
+    numbers: &Numbers,
+    objects: &'a Tensors<Bound<'py, PyAny>>,
+    chunk: usize,
+) -> TorchRules<'a, 'py> {
+    let Problem { scale, softcap, mask, .. } = *problem;
+    (scale, softcap, mask.left, mask.right, numbers.top_left, objects.get(Slot::Sinks), chunk)
+}
+
 /// Hands the call to the tensor operations of `metal_flash_attn._torch_tier`.
 #[allow(clippy::too_many_arguments, reason = "the parts of one call")]
 fn run_torch(
@@ -401,9 +414,7 @@ fn run_torch(
     results: &Results<'_>,
 ) -> Result<()> {
     let [q, k, v] = form.unpack(objects)?;
-    let Problem { scale, softcap, mask, .. } = *problem;
-    let rules =
-        (scale, softcap, mask.left, mask.right, numbers.top_left, objects.get(Slot::Sinks), settings.torch_chunk);
+    let rules = torch_rules(problem, numbers, objects, settings.torch_chunk);
     let keywords = PyDict::new(py);
     keywords.set_item("offsets", form.varlen.then_some((&offsets.query, &offsets.key)))?;
     keywords.set_item("alibi_slopes", objects.get(Slot::AlibiSlopes))?;

@@ -65,7 +65,9 @@ pub fn forward<'py>(
         if !read_direct(py, torch, &tensors, &mut views)? {
             return call_operator(py, torch, form, &numbers, &tensors, want_lse);
         }
-        tensors.check_gradients(torch, form)?;
+        if tensors.need_gradients(torch)? {
+            return call_autograd(py, packing, form, &numbers, &tensors, want_lse);
+        }
         execute(py, torch, form, &numbers, tensors, &mut views, want_lse)
     })
 }
@@ -114,6 +116,24 @@ fn call_operator<'py>(
     Ok(if want_lse { results } else { results.get_item(0)? })
 }
 
+/// Sends the call through `torch.autograd`, which calls back without gradients.
+fn call_autograd<'py>(
+    py: Python<'py>,
+    packing: u8,
+    form: Form,
+    numbers: &Numbers,
+    tensors: &Tensors<Bound<'py, PyAny>>,
+    want_lse: bool,
+) -> Result<Bound<'py, PyAny>> {
+    static ATTEND: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    check_static(form, numbers, tensors)?;
+    let attend = ATTEND.import(py, "metal_flash_attn._autograd", "attend")?;
+    let inputs = (packing, tensors.q(), tensors.get(Slot::K), tensors.get(Slot::V)).into_pyobject(py)?;
+    let rest = operator::rest_to_python(py, numbers, tensors)?;
+    let results = attend.call1(inputs.as_sequence().concat(rest.as_sequence())?.to_tuple()?)?;
+    Ok(if want_lse { results } else { results.get_item(0)? })
+}
+
 /// Checks the call by its metadata alone where that is at hand: no symbolic sizes, no stand-ins for tensors.
 fn check_static(form: Form, numbers: &Numbers, tensors: &Tensors<Bound<'_, PyAny>>) -> Result<()> {
     let py = tensors.q().py();
@@ -135,7 +155,7 @@ fn check_static(form: Form, numbers: &Numbers, tensors: &Tensors<Bound<'_, PyAny
     describe(form, numbers, tensors, &views).map(|_| ())
 }
 
-/// The body of the operator, for every device; gradients are settled.
+/// The body of `torch.ops.mtlflashattn.forward`, for every device; gradients are settled.
 ///
 /// Torch calls it without a Python frame between, which torch.compile would try to trace after a graph break.
 #[pyfunction]

@@ -2,6 +2,7 @@
 #![allow(missing_docs, reason = "nobody links against this crate; its Python face is documented in _native.pyi")]
 
 mod arguments;
+mod backward;
 mod call;
 mod cli;
 mod dlpack;
@@ -31,6 +32,8 @@ use pyo3::prelude::*;
 /// Rust engine and planner behind `metal_flash_attn`.
 #[pymodule(gil_used = false)]
 mod _native {
+    #[pymodule_export]
+    use super::backward::{backward_into, execute_backward};
     #[pymodule_export]
     use super::cli::{_kernel_text, _plan_elsewhere};
     #[pymodule_export]

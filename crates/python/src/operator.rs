@@ -15,14 +15,24 @@ pub fn to_python<'py>(
     numbers: &Numbers,
     tensors: &Tensors<Bound<'py, PyAny>>,
 ) -> Result<Bound<'py, PyTuple>> {
-    let [q, k, v] = form.unpack(tensors)?;
+    let inputs = PyTuple::new(py, form.unpack(tensors)?)?;
+    let rest = rest_to_python(py, numbers, tensors)?;
+    Ok(inputs.as_sequence().concat(rest.as_sequence())?.to_tuple()?)
+}
+
+/// The arguments behind q, k and v.
+pub fn rest_to_python<'py>(
+    py: Python<'py>,
+    numbers: &Numbers,
+    tensors: &Tensors<Bound<'py, PyAny>>,
+) -> Result<Bound<'py, PyTuple>> {
     let [cu_seqlens_q, cu_seqlens_k] = [Slot::CuSeqlensQ, Slot::CuSeqlensK].map(|slot| tensors.get(slot));
     let [alibi_slopes, bias, sinks] = [Slot::AlibiSlopes, Slot::Bias, Slot::Sinks].map(|slot| tensors.get(slot));
     let Numbers { max_seqlen, softmax_scale, causal, window, softcap, top_left } = *numbers;
     let (max_q, max_k) = max_seqlen;
     let (left, right) = window;
     // Tuples convert up to 12 items.
-    let first = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, softmax_scale).into_pyobject(py)?;
+    let first = (cu_seqlens_q, cu_seqlens_k, max_q, max_k, softmax_scale).into_pyobject(py)?;
     let second = (causal, left, right, softcap, alibi_slopes, bias, sinks, top_left).into_pyobject(py)?;
     Ok(first.as_sequence().concat(second.as_sequence())?.to_tuple()?)
 }

@@ -3,7 +3,8 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use mtlflashattn_core::{Plan, Planner, Problem, Trace, trace};
+use mtlflashattn_core::plan::Reason;
+use mtlflashattn_core::{BackwardPlan, Plan, Planner, Problem, Tier, Trace, trace};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyCFunction, PyTuple};
@@ -23,13 +24,26 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Counts one call that `plan` of `planner` served, wherever somebody asked for it.
 pub fn record(py: Python<'_>, planner: &Planner<'_>, problem: &Problem, plan: &Plan) -> PyResult<()> {
-    let passed_over = || planner.passed_over(problem, plan);
+    count(py, planner, || trace::Key::of(problem, plan.tier), || planner.passed_over(problem, plan))
+}
+
+/// Counts the gradients of one call that `plan` of `planner` served.
+pub fn record_backward(py: Python<'_>, planner: &Planner<'_>, problem: &Problem, plan: &BackwardPlan) -> PyResult<()> {
+    count(py, planner, || trace::Key::of_backward(problem, plan.tier), || plan.passed_over.clone())
+}
+
+fn count(
+    py: Python<'_>,
+    planner: &Planner<'_>,
+    key: impl Fn() -> trace::Key,
+    passed_over: impl Fn() -> Vec<(Tier, Reason)>,
+) -> PyResult<()> {
     if planner.settings.trace {
-        lock(AT_EXIT.get_or_try_init(py, || report_at_exit(py))?).record(problem, plan.tier, passed_over);
+        lock(AT_EXIT.get_or_try_init(py, || report_at_exit(py))?).record(key(), &passed_over);
     }
     if OPEN_COUNT.load(Ordering::Relaxed) > 0 {
         for open in &*lock(&OPEN) {
-            lock(open).record(problem, plan.tier, passed_over);
+            lock(open).record(key(), &passed_over);
         }
     }
     Ok(())
@@ -71,25 +85,28 @@ pub struct TraceEntry {
     causal: bool,
     /// The tier that served.
     tier: &'static str,
+    /// Whether it served gradients.
+    backward: bool,
 }
 
 #[pymethods]
 impl TraceEntry {
     fn __repr__(&self) -> String {
-        let Self { calls, dtype, head_dim, value_dim, query_len, key_len, causal, tier } = self;
-        let causal = if *causal { "True" } else { "False" };
+        let Self { calls, dtype, head_dim, value_dim, query_len, key_len, causal, tier, backward } = self;
+        let [causal, backward] = [causal, backward].map(|flag| if *flag { "True" } else { "False" });
         format!(
             "TraceEntry(calls={calls}, dtype='{dtype}', head_dim={head_dim}, value_dim={value_dim}, \
-             query_len={query_len}, key_len={key_len}, causal={causal}, tier='{tier}')"
+             query_len={query_len}, key_len={key_len}, causal={causal}, tier='{tier}', \
+             backward={backward})"
         )
     }
 }
 
 impl From<trace::Entry> for TraceEntry {
     fn from(trace::Entry { calls, key }: trace::Entry) -> Self {
-        let trace::Key { dtype, head_dim, value_dim, query_len, key_len, causal, tier } = key;
+        let trace::Key { dtype, head_dim, value_dim, query_len, key_len, causal, tier, backward } = key;
         let (dtype, tier) = (dtype.name(), tier.name());
-        Self { calls, dtype, head_dim, value_dim, query_len, key_len, causal, tier }
+        Self { calls, dtype, head_dim, value_dim, query_len, key_len, causal, tier, backward }
     }
 }
 

@@ -1,5 +1,6 @@
 //! The decision: which tier serves a problem, with which tile, and why the others were passed over.
 
+mod backward;
 mod cpu;
 mod gpu;
 mod matmul;
@@ -15,6 +16,7 @@ use metal::NoTile;
 
 use crate::{Error, Problem, Result, Settings, Tier, settings};
 
+pub use backward::BackwardPlan;
 pub use cpu::{CpuPath, CpuTile};
 pub use gpu::{Chip, Gpu, Missing, Size, Version};
 pub use matmul::{MATRIX, Matmul, Operands, Weights, has_plain_rows};

@@ -68,6 +68,10 @@ pub enum Reason {
     TooLong(usize),
     /// The tier failed on this machine earlier in this process.
     Demoted(String),
+    /// The tier computes no gradients.
+    NoBackward,
+    /// The tier computes no gradient of an additive bias.
+    NoBiasGradient,
     /// A tier before it in the order serves the call.
     After(Tier),
     /// `MTLFLASHATTN_KERNEL` names another tier; this is its value.
@@ -119,6 +123,8 @@ impl fmt::Display for Reason {
                 write!(f, "a length or head dimension of {len}, and Metal kernels take at most {MAX_LEN}")
             }
             Self::Demoted(failure) => write!(f, "failed earlier in this process: {failure}"),
+            Self::NoBackward => f.write_str("has no backward pass"),
+            Self::NoBiasGradient => f.write_str("computes no gradient of a bias"),
             Self::After(tier) => write!(f, "{tier} comes before it and serves this call"),
             Self::NotForced(name) => write!(f, "MTLFLASHATTN_KERNEL is {name}"),
         }

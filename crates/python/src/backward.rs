@@ -1,0 +1,223 @@
+//! Gradients: from the tensors of a forward call, its results and their gradients to gradients of the inputs.
+
+use mtlflashattn_core::{self as core, Demotions, Device, Dtype, Planner, Problem};
+use pyo3::exceptions::PyTypeError;
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyDict, PyTuple};
+
+use crate::call::{Described, Numbers, Slot, Tensors, describe, dtype_error};
+use crate::error::{Error, Result, guard};
+use crate::execute::{Offsets, cpu_device, make_readable, read_plain, torch_rules, unreadable};
+use crate::form::Form;
+use crate::operator;
+use crate::tensor::{Element, Place, View};
+use crate::torch::Torch;
+use crate::{settings, trace};
+
+/// Gradients in the order in which they are handed around: of q, k, v, the bias and the sinks.
+const GRADIENTS: [(Slot, &str); 5] =
+    [(Slot::Q, "dq"), (Slot::K, "dk"), (Slot::V, "dv"), (Slot::Bias, "dbias"), (Slot::Sinks, "dsinks")];
+/// What a forward call returned, with the gradients of that.
+const RESULTS: usize = 4;
+
+/// A tensor with what was read from it.
+struct Operand<'py> {
+    object: Bound<'py, PyAny>,
+    view: View,
+}
+
+/// One call for gradients.
+struct Call<'py> {
+    form: Form,
+    numbers: Numbers,
+    objects: Tensors<Bound<'py, PyAny>>,
+    views: Tensors<View>,
+    grad_out: Operand<'py>,
+    grad_lse: Option<Operand<'py>>,
+    out: Operand<'py>,
+    lse: Operand<'py>,
+    /// In the order of [`GRADIENTS`]; absent ones are not wanted.
+    gradients: [Option<Operand<'py>>; 5],
+}
+
+/// The body of `torch.ops.mtlflashattn.backward`, for every device.
+#[pyfunction]
+#[pyo3(signature = (*arguments))]
+pub fn execute_backward<'py>(py: Python<'py>, arguments: &Bound<'py, PyTuple>) -> PyResult<Bound<'py, PyAny>> {
+    static ALLOCATE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    guard(|| {
+        let count = arguments.len().saturating_sub(1);
+        let wanted: Vec<bool> = arguments.get_item(count)?.extract()?;
+        let call = arguments.get_slice(0, count);
+        let (_, _, tensors) = operator::from_python(&call.get_slice(RESULTS, count))?;
+        let [q, k, v, bias, sinks] = GRADIENTS.map(|(slot, _)| tensors.get(slot));
+        let allocate = ALLOCATE.import(py, "metal_flash_attn._ops", "allocate_gradients")?;
+        let gradients =
+            allocate.call1((q, k, v, bias, sinks, wanted.clone()))?.cast_into::<PyTuple>().map_err(PyErr::from)?;
+        run(py, &call, [0, 1, 2, 3, 4].map(|i| gradients.get_item(i).ok().filter(|_| wanted.get(i) == Some(&true))))?;
+        Ok(gradients.into_any())
+    })
+}
+
+/// Writes gradients to the tensors that come first, `None` for those that are not wanted; the rest are the arguments of
+/// `torch.ops.mtlflashattn.backward` without its last.
+#[pyfunction]
+#[pyo3(signature = (dq, dk, dv, dbias, dsinks, *arguments))]
+pub fn backward_into<'py>(
+    py: Python<'py>,
+    dq: Option<Bound<'py, PyAny>>,
+    dk: Option<Bound<'py, PyAny>>,
+    dv: Option<Bound<'py, PyAny>>,
+    dbias: Option<Bound<'py, PyAny>>,
+    dsinks: Option<Bound<'py, PyAny>>,
+    arguments: &Bound<'py, PyTuple>,
+) -> PyResult<()> {
+    guard(|| run(py, arguments, [dq, dk, dv, dbias, dsinks]))
+}
+
+fn run<'py>(py: Python<'py>, arguments: &Bound<'py, PyTuple>, gradients: [Option<Bound<'py, PyAny>>; 5]) -> Result<()> {
+    let torch = Torch::get(py)?;
+    if arguments.len() < RESULTS {
+        return Err(PyTypeError::new_err("too few arguments").into());
+    }
+    let (form, numbers, mut objects) = operator::from_python(&arguments.get_slice(RESULTS, arguments.len()))?;
+    let place = Place::of(objects.q())?;
+    let mut views = Tensors::none();
+    for (slot, tensor) in objects.present() {
+        views.set(slot, read(torch, slot.name(), tensor, place)?);
+    }
+    make_readable(torch, &mut objects, &mut views)?;
+    let described = describe(form, &numbers, &objects, &views)?;
+    let input = |name, index| {
+        let object = arguments.get_item(index)?;
+        if object.is_none() { Ok(None) } else { readable(torch, name, object, place).map(Some) }
+    };
+    let present = |name, index| input(name, index)?.ok_or_else(|| unreadable(name));
+    let mut call = Call {
+        form,
+        numbers,
+        grad_out: present("dout", 0)?,
+        grad_lse: input("dlse", 1)?,
+        out: present("out", 2)?,
+        lse: present("softmax_lse", 3)?,
+        objects,
+        views,
+        gradients: [const { None }; 5],
+    };
+    for ((to, from), (_, name)) in call.gradients.iter_mut().zip(gradients).zip(GRADIENTS) {
+        let Some(object) = from else { continue };
+        let view = read(torch, name, &object, place)?;
+        *to = Some(Operand { object, view });
+    }
+    check(&call, &described)?;
+    execute(py, torch, &call, &described.problem)
+}
+
+fn read(torch: &Torch, name: &'static str, tensor: &Bound<'_, PyAny>, place: Place) -> Result<View> {
+    let view = if place == Place::Cpu { read_plain(torch, tensor)? } else { View::describe(tensor)? };
+    view.ok_or_else(|| unreadable(name))
+}
+
+/// `tensor`, or a copy whose rows are contiguous and aligned.
+fn readable<'py>(
+    torch: &Torch,
+    name: &'static str,
+    mut object: Bound<'py, PyAny>,
+    place: Place,
+) -> Result<Operand<'py>> {
+    let mut view = read(torch, name, &object, place)?;
+    if !view.has_contiguous_rows() || !view.is_aligned() {
+        object =
+            object.call_method0(intern!(object.py(), "clone"))?.call_method0(intern!(object.py(), "contiguous"))?;
+        view = read(torch, name, &object, place)?;
+    }
+    Ok(Operand { object, view })
+}
+
+/// Requires the shapes and dtypes that the problem gives to its results and gradients.
+fn check(call: &Call<'_>, described: &Described) -> Result<()> {
+    let Described { q, k, v, problem } = described;
+    let mut out_shape = q.shape().to_vec();
+    *out_shape.last_mut().expect("q has three or four dimensions") = problem.value_dim as i64;
+    let heads = problem.query_heads as i64;
+    let lse_shape = match *q.shape() {
+        [batch, query_len, _, _] => vec![batch, heads, query_len],
+        _ => vec![heads, problem.lengths.query_rows() as i64],
+    };
+    expect("dout", &call.grad_out, &out_shape, problem.dtype)?;
+    expect("out", &call.out, &out_shape, problem.dtype)?;
+    expect("softmax_lse", &call.lse, &lse_shape, Dtype::F32)?;
+    if let Some(grad_lse) = &call.grad_lse {
+        expect("dlse", grad_lse, &lse_shape, Dtype::F32)?;
+    }
+    for (operand, (slot, name)) in call.gradients.iter().zip(GRADIENTS) {
+        let Some(operand) = operand else { continue };
+        let view = match slot {
+            Slot::Q => Some(q),
+            Slot::K => Some(k),
+            Slot::V => Some(v),
+            _ => call.views.get(slot),
+        };
+        let Some(view) = view else {
+            return Err(value(name, "given".into(), format!("None, as there is no {}", slot.name())));
+        };
+        let Element::Float(dtype) = view.element else {
+            return Err(value(name, "given".into(), "None, as a boolean mask has no gradient".into()));
+        };
+        expect(name, operand, view.shape(), dtype)?;
+        if !operand.view.has_contiguous_rows() || !operand.view.is_aligned() {
+            let got = format!("a tensor with last stride {}", operand.view.strides().last().copied().unwrap_or(1));
+            return Err(value(name, got, "tensors whose last dimension is contiguous".into()));
+        }
+    }
+    Ok(())
+}
+
+fn value(argument: &'static str, got: String, allowed: String) -> Error {
+    Error::Problem(core::Error::Value { argument, got, allowed })
+}
+
+fn expect(argument: &'static str, operand: &Operand<'_>, shape: &[i64], dtype: Dtype) -> Result<()> {
+    if operand.view.element != Element::Float(dtype) {
+        return Err(dtype_error(argument, &operand.object, dtype.name()));
+    }
+    if operand.view.shape() == shape {
+        return Ok(());
+    }
+    let sizes: Vec<String> = shape.iter().map(ToString::to_string).collect();
+    let allowed = format!("({})", sizes.join(", "));
+    Err(Error::Problem(core::Error::Shape { argument, got: operand.view.shape_text(), allowed }))
+}
+
+fn execute(py: Python<'_>, torch: &Torch, call: &Call<'_>, problem: &Problem) -> Result<()> {
+    let settings = settings::current(py)?;
+    let place = call.views.q().place;
+    let offsets = Offsets::read(torch, call.form, &call.objects, &call.views, problem)?;
+    let device = match (settings.metal_device(place), place) {
+        (Some(metal), _) => Device::Metal(metal.gpu(py)?),
+        (None, Place::Cpu) => cpu_device(settings.isa()?, torch.num_threads(py)?),
+        (None, _) => Device::Torch,
+    };
+    let planner = Planner { device, settings: &settings.values, demotions: Demotions::NONE };
+    let plan = planner.plan_backward(problem, call.gradients[3].is_some());
+    run_torch(py, call, problem, &offsets, settings.values.torch_chunk)?;
+    Ok(trace::record_backward(py, &planner, problem, &plan)?)
+}
+
+/// Hands the call to the tensor operations of `metal_flash_attn._torch_tier`.
+fn run_torch(py: Python<'_>, call: &Call<'_>, problem: &Problem, offsets: &Offsets, chunk: usize) -> Result<()> {
+    let [q, k, v] = call.form.unpack(&call.objects)?;
+    let object = |operand: &Option<Operand<'_>>| operand.as_ref().map(|operand| operand.object.clone().unbind());
+    let keywords = PyDict::new(py);
+    keywords.set_item("offsets", call.form.varlen.then_some((&offsets.query, &offsets.key)))?;
+    keywords.set_item("alibi_slopes", call.objects.get(Slot::AlibiSlopes))?;
+    keywords.set_item("bias", call.objects.get(Slot::Bias))?;
+    keywords.set_item("results", (&call.out.object, &call.lse.object))?;
+    keywords.set_item("result_gradients", (&call.grad_out.object, object(&call.grad_lse)))?;
+    keywords.set_item("gradients", PyTuple::new(py, call.gradients.iter().map(object))?)?;
+    keywords.set_item("rules", torch_rules(problem, &call.numbers, &call.objects, chunk).into_pyobject(py)?)?;
+    py.import("metal_flash_attn._torch_tier")?.getattr("backward")?.call((q, k, v), Some(&keywords))?;
+    Ok(())
+}
