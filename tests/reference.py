@@ -213,3 +213,175 @@ def _largest(scores: Tensor) -> Tensor:
 
 def _gamma(roundings: float) -> float:
     return roundings * FLOAT32 / (1 - roundings * FLOAT32)
+
+
+@dataclass
+class Gradients:
+    """The exact gradients by name, and the largest errors that they may have."""
+
+    exact: dict[str, Tensor]
+    bounds: dict[str, Tensor]
+
+    def check(self, **gradients: Tensor | None) -> None:
+        """Asserts that gradients, of any device, are as exact as the arithmetic allows."""
+        for name, gradient in gradients.items():
+            assert gradient is not None, f"d{name} is missing"
+            exact, bound = self.exact[name], self.bounds[name]
+            assert_within(f"d{name}", gradient.reshape(exact.shape), exact, bound)
+
+
+def gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    rules: Rules,
+    arithmetic: Arithmetic = Arithmetic(),
+) -> Gradients:
+    """Gradients of `sum(out * d_out) + sum(lse * d_lse)`; shapes as in `attention`.
+
+    With `p = exp(s - lse)` and `delta = out . d_out - d_lse`: `dv = p^T d_out`,
+    `ds = p (d_out . v - delta)`, which the softcap's slope and the scale turn into dq and dk.
+
+    The bounds assume that an implementation has out and lse from a forward pass, as exact as
+    `attention` (with `arithmetic`) bounds them, and computes the rest in float32. The error of the
+    score and of lse make a relative error of p. Those of out, weighted with `|d_out|`, and of the
+    two dot products make the error of `d_out . v - delta`. Sums over n rows or keys add gamma(n).
+    """
+    forward = attention(q, k, v, rules, arithmetic)
+    dtype, key_heads = q.dtype, k.shape[2]
+    heads, head_dim = q.shape[2], q.shape[3]
+    q, k, v, d_out = (t.double().transpose(1, 2) for t in (q, k, v, d_out))
+    k, v = (t.repeat_interleave(heads // key_heads, dim=1) for t in (k, v))
+    step = _ScoreGradients(q, k, v, d_out, d_lse, rules, forward)
+    exact, bounds = {}, {}
+
+    def put(name: str, value: Tensor, bound: Tensor, kind: torch.dtype) -> None:
+        bound = 1.02 * bound
+        exact[name] = value
+        bounds[name] = bound + UNIT[kind] * (value.abs() + bound) + TINY[kind]
+
+    d_scores, error = step.d_scores, step.error
+    if rules.bias is not None:
+        shape = rules.bias.shape
+        count = d_scores.numel() / max(1, math.prod(shape))
+        total = error + _gamma(count + 2) * (d_scores.abs() + error)
+        put("bias", d_scores.sum_to_size(shape), total.sum_to_size(shape), rules.bias.dtype)
+    if rules.sinks is not None:
+        put("sinks", *step.sinks(rules.sinks), torch.float32)
+
+    scale = head_dim**-0.5 if rules.scale is None else rules.scale
+    slope, slope_error = torch.ones(()).double(), torch.zeros(()).double()
+    if rules.softcap > 0:
+        product = q @ k.transpose(-1, -2) * scale
+        product_error = _gamma(head_dim + 6) * abs(scale) * (q.abs() @ k.abs().transpose(-1, -2))
+        slope = 1 - torch.tanh(product / rules.softcap) ** 2
+        slope_error = 2 * (ELEMENTARY + product_error / rules.softcap) + 8 * FLOAT32
+    error = error * (slope + slope_error) + d_scores.abs() * slope_error
+    d_scores = d_scores * slope
+    error = abs(scale) * (error + 2 * FLOAT32 * d_scores.abs())
+    d_scores = scale * d_scores
+    sizes = d_scores.abs() + error
+    keys, rows = d_scores.shape[-1], d_scores.shape[-2] * heads // key_heads
+
+    def per_key(x: Tensor) -> Tensor:
+        """`[B, H, Lk, D]`, summed over the query heads of each key head, as `[B, Lk, Hk, D]`."""
+        total: Tensor = x.unflatten(1, (key_heads, -1)).sum(2)
+        return total.transpose(1, 2)
+
+    d_q_error = (error + _gamma(keys + 6) * sizes) @ k.abs()
+    put("q", (d_scores @ k).transpose(1, 2), d_q_error.transpose(1, 2), dtype)
+    d_k_error = (error + _gamma(rows + 6) * sizes).transpose(-1, -2) @ q.abs()
+    put("k", per_key(d_scores.transpose(-1, -2) @ q), per_key(d_k_error), dtype)
+    weights, weight_error = step.weights, step.weight_error
+    v_error = weights * (weight_error + _gamma(rows + 4) * (1 + weight_error)) + 2.0**-120
+    d_v_error = v_error.transpose(-1, -2) @ d_out.abs()
+    put("v", per_key(weights.transpose(-1, -2) @ d_out), per_key(d_v_error), dtype)
+    return Gradients(exact, bounds)
+
+
+class _ScoreGradients:
+    """Gradients of the scores `[B, H, Lq, Lk]`, before the softcap's slope, and their error."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        d_out: Tensor,
+        d_lse: Tensor | None,
+        rules: Rules,
+        forward: Reference,
+    ) -> None:
+        out, out_bound = forward.out.transpose(1, 2), forward.out_bound.transpose(1, 2)
+        self.lse, self.lse_bound = forward.lse[..., None], forward.lse_bound[..., None]
+        d_lse = torch.zeros_like(self.lse) if d_lse is None else d_lse.double()[..., None]
+        d_lse = torch.where(self.lse == torch.inf, 0.0, d_lse)
+        scores, score_error = _scores(q, k, rules)
+        self.weights, self.weight_error = self._weight(scores, score_error)
+        self.delta = (out * d_out).sum(-1, keepdim=True) - d_lse
+        size = (d_out.abs() * (out.abs() + out_bound)).sum(-1, keepdim=True) + d_lse.abs()
+        moved = (d_out.abs() * out_bound).sum(-1, keepdim=True)
+        self.delta_error = moved + _gamma(v.shape[-1] + 3) * size
+        difference = d_out @ v.transpose(-1, -2) - self.delta
+        sizes = d_out.abs() @ v.abs().transpose(-1, -2)
+        off = _gamma(v.shape[-1] + 2) * sizes + self.delta_error + 2 * FLOAT32 * difference.abs()
+        self.d_scores = self.weights * difference
+        error = self.weight_error * difference.abs() + (1 + self.weight_error) * off
+        error = self.weights * error + 4 * FLOAT32 * self.d_scores.abs()
+        # Weights below the smallest normal float32 may become 0; hidden ones are 0.
+        lost = 2.0**-120 * (difference.abs() + 1)
+        self.error = torch.where(scores == -torch.inf, 0.0, error + lost)
+
+    def _weight(self, logit: Tensor, error: Tensor | float) -> tuple[Tensor, Tensor]:
+        """A probability and its relative error."""
+        sizes = logit.abs().clamp_max(1e30) + self.lse.abs().clamp_max(1e30) + 1
+        relative = torch.expm1(error + self.lse_bound + 4 * FLOAT32 * sizes + 2 * ELEMENTARY)
+        visible = (logit > -torch.inf) & (self.lse < torch.inf)
+        return torch.exp(logit - self.lse), torch.where(visible, relative, 0.0)
+
+    def sinks(self, sinks: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of the sinks `[H]` and its error."""
+        sink, sink_error = self._weight(sinks.double().view(1, -1, 1, 1), 0.0)
+        delta = self.delta.abs()
+        total = sink * (sink_error * delta + (1 + sink_error) * self.delta_error)
+        rows = delta.shape[0] * delta.shape[2]
+        total = total + _gamma(rows + 4) * sink * delta + 2.0**-120
+        return -(sink * self.delta).sum([0, 2, 3]), total.sum([0, 2, 3])
+
+
+def packed_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    cu_q: list[int],
+    cu_k: list[int],
+    rules: Rules,
+    arithmetic: Arithmetic = Arithmetic(),
+) -> Gradients:
+    """The same for ragged sequences; see `packed_attention`. Rows of none have gradients of 0."""
+    names = {"q": q, "k": k, "v": v}
+    exact, bounds = (
+        {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in names.items()}
+        for _ in range(2)
+    )
+    slopes = rules.alibi_slopes
+    for index in range(len(cu_q) - 1):
+        rows, keys = slice(cu_q[index], cu_q[index + 1]), slice(cu_k[index], cu_k[index + 1])
+        own = slopes[index] if slopes is not None and slopes.dim() == 2 else slopes
+        part = gradients(
+            q[None, rows],
+            k[None, keys],
+            v[None, keys],
+            d_out[None, rows],
+            None if d_lse is None else d_lse[None, :, rows],
+            Rules(**{**vars(rules), "alibi_slopes": own}),
+            arithmetic,
+        )
+        for name, where in (("q", rows), ("k", keys), ("v", keys)):
+            exact[name][where] = part.exact[name][0]
+            bounds[name][where] = part.bounds[name][0]
+    return Gradients(exact, bounds)

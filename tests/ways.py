@@ -17,7 +17,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from metal_flash_attn import trace
+from metal_flash_attn import Trace, trace
 from reference import Arithmetic
 from standin_mps import installed
 from torch import Tensor
@@ -67,7 +67,23 @@ class Way:
             device = installed() if self.device == "standin" else contextlib.nullcontext()
             with device, trace() as calls:
                 yield
-        assert {entry.tier for entry in calls.calls} == {self.tier}
+        assert {entry.tier for entry in calls.calls if not entry.backward} == {self.tier}
+
+    @property
+    def backward_tier(self) -> str:
+        """The tier of the gradients of q, k and v."""
+        return "cpu" if self.tier == "cpu" else "torch"
+
+    @contextlib.contextmanager
+    def backward(self) -> Iterator[Trace]:
+        """Lets gradients go the same way, and yields what was called."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MTLFLASHATTN_KERNEL", self.tier)
+            if self.device == "simulator":
+                patch.setenv("MTLFLASHATTN_DEVICE", "simulator")
+            device = installed() if self.device == "standin" else contextlib.nullcontext()
+            with device, trace() as calls:
+                yield calls
 
 
 CPU = Way("cpu", "cpu")
@@ -91,16 +107,20 @@ def _parameter(way: Way) -> Any:
 
 
 ways = pytest.mark.parametrize("way", [_parameter(way) for way in WAYS])
+gradient_ways = pytest.mark.parametrize(
+    "way", [_parameter(way) for way in WAYS if not way.is_simulated]
+)
+"""No Metal kernel computes gradients, so that simulating one shows nothing about them."""
 
 Example = Callable[[Way, st.DataObject], None]
 
 SIMULATED_EXAMPLES = int(os.environ.get("SIMULATED_EXAMPLES", "6"))
 
 
-def random_problems(test: Example) -> Callable[[Way], None]:
+def random_problems(test: Example, which: pytest.MarkDecorator = ways) -> Callable[[Way], None]:
     """Runs `test` on random problems, each way; fewer where a problem takes long."""
 
-    @ways
+    @which
     @functools.wraps(test)
     def run(way: Way) -> None:
         @hypothesis.given(data=st.data())
@@ -117,3 +137,8 @@ def random_problems(test: Example) -> Callable[[Way], None]:
 
     del run.__wrapped__
     return run
+
+
+def random_gradients(test: Example) -> Callable[[Way], None]:
+    """Runs `test` on random problems, each way that may compute gradients."""
+    return random_problems(test, gradient_ways)

@@ -172,9 +172,10 @@ def plan(
     mask: Tensor | None,
     sinks: Tensor | None,
     top_left: bool,
+    backward: bool,
     /,
 ) -> Plan:
-    """Plans a call of `attention` without computing it."""
+    """Plans a call of `attention`, or its gradients, without computing it."""
 
 def instruction_sets() -> list[str]:
     """Names of the instruction sets that this machine can run, best last."""

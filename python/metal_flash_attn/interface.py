@@ -16,9 +16,11 @@ What all functions share (Dao, "FlashAttention-2", 2023, and the documentation o
   then minus `slope * |i + Lk - Lq - j|` with ALiBi slopes.
 * out is laid out as `torch.empty_like(q)`, or contiguous where Dv != D.
 * meta and fake tensors give results of the same kind, with the shapes and strides of real ones.
+* gradients of q, k and v, and as an extension of the log-sum-exp, a bias and sinks; always
+  deterministic. They are laid out as `torch.empty_like`; those of packed tensors are contiguous.
 
 Errors: ValueError for shapes and values, TypeError for dtypes and types, NotImplementedError for
-dropout, and for inputs that require grad while grad mode is on.
+dropout, ALiBi slopes that require grad, second and forward-mode derivatives.
 """
 
 from collections.abc import Sequence
@@ -63,7 +65,7 @@ def flash_attn_func(
         window_size: keys visible before and after the diagonal, negative for all.
         softcap: bound on the scores; 0 for none.
         alibi_slopes: float32 `[H]` or `[B, H]`.
-        deterministic: accepted; results are always reproducible.
+        deterministic: accepted; results and gradients are always reproducible.
         return_attn_probs: also return the log-sum-exp.
 
     Returns:
@@ -376,23 +378,26 @@ def plan(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
+    backward: bool = False,
 ) -> Plan:
     """Which tier would serve `attention` with these arguments, and why not the others.
 
     Nothing is computed, and the contents of tensors are not read. The arguments are those of
-    `attention`, and bad ones raise what it raises.
+    `attention`, and bad ones raise what it raises. `backward` asks for the tier of the gradients
+    instead: of q, k, v and the sinks, and of a bias that requires grad.
     """
     _check_bias_and_mask(bias, mask)
     # fmt: off
     return _plan(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
         window_size, softcap, alibi_slopes, bias, mask, sinks, bool(top_left),
+        bool(backward),
     )
     # fmt: on
 
 
 def trace() -> Trace:
-    """Counts attention calls by shape and tier.
+    """Counts attention calls, and calls for gradients, by shape and tier.
 
     Use it as a context manager: `calls` of what it yields lists a `TraceEntry` for each distinct
     shape and tier, most frequent first. Calls of all threads count. Replaying a compiled graph

@@ -1,5 +1,8 @@
 """flash_attn.flash_attn_interface: single steps, helpers and the names of 1.x."""
 
+# Calls with lists of tensors, whose length mypy does not know.
+# mypy: disable-error-code="call-arg, misc, arg-type, type-var"
+
 from __future__ import annotations
 
 import inspect
@@ -139,12 +142,101 @@ def test_paging_is_refused_by_name(packed: dict[str, Any], name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["_flash_attn_backward", "_flash_attn_varlen_backward"])
-def test_backward_says_what_to_do(name: str) -> None:
-    function = getattr(interface, name)
-    required = [x for x in inspect.signature(function).parameters.values() if x.default is x.empty]
-    with pytest.raises(NotImplementedError, match=rf"{name}.*scaled_dot_product_attention"):
-        function(*[None] * len(required))
+def test_backward_writes_the_gradients_of_autograd() -> None:
+    q, k, v = dense()
+    rules: Any = (0.0, None, True, 3, -1, 2.0, SLOPES)
+    out, lse, _, rng_state = interface._flash_attn_forward(q, k, v, *rules, False)
+    dout = torch.randn_like(out)
+    # In place: the middle of wider rows.
+    wide = [torch.full((*t.shape[:-1], 18), 7.0) for t in (q, k, v)]
+    dq, dk, dv = (t[..., 1:-1] for t in wide)
+    step = (dout, q, k, v, out, lse, dq, dk, dv, *rules, True, rng_state)
+    softmax_d = interface._flash_attn_backward(*step)
+    leaves: Any = [t.clone().requires_grad_() for t in (q, k, v)]
+    same = interface.flash_attn_func(*leaves, 0.0, None, True, (3, -1), 2.0, SLOPES)
+    expected = torch.autograd.grad(same, leaves, dout)
+    assert all(torch.equal(*pair) for pair in zip((dq, dk, dv), expected, strict=True))
+    assert all((t[..., [0, -1]] == 7).all() for t in wide)
+    assert softmax_d.shape == (2, 4, 128)
+    assert torch.allclose(softmax_d[..., :5], (dout * out).sum(-1).transpose(1, 2))
+    assert (softmax_d[..., 5:] == 0).all()
+
+
+def test_varlen_backward_writes_the_gradients_of_autograd(packed: dict[str, Any]) -> None:
+    tensors = packed.pop("q"), packed.pop("k"), packed.pop("v")
+    rules: Any = (0.0, 0.3, True, -1, -1, 0.0, None)
+    out, lse, _, _ = interface._flash_attn_varlen_forward(*tensors, *packed.values(), *rules)
+    dout, gradients = torch.randn_like(out), [torch.empty_like(t) for t in tensors]
+    softmax_d = interface._flash_attn_varlen_backward(
+        dout, *tensors, out, lse, *gradients, *packed.values(), *rules, False
+    )
+    leaves: Any = [t.clone().requires_grad_() for t in tensors]
+    same = interface.flash_attn_varlen_func(*leaves, **packed, softmax_scale=0.3, causal=True)
+    expected = torch.autograd.grad(same, leaves, dout)
+    assert all(torch.equal(*pair) for pair in zip(gradients, expected, strict=True))
+    assert softmax_d.shape == (4, 12 + 128 * 3)
+    # The second sequence is empty; the third begins at row 5 and behind two gaps.
+    rows = (dout * out).sum(-1).T
+    assert torch.allclose(softmax_d[:, :5], rows[:, :5])
+    assert torch.allclose(softmax_d[:, 5 + 256 : 12 + 256], rows[:, 5:])
+    assert softmax_d.count_nonzero() == rows.count_nonzero()
+
+
+def test_gradients_of_parts_of_the_keys_add_up() -> None:
+    """Sequence-parallel libraries pass out and the log-sum-exp of all keys with some of them."""
+    q, k, v = dense()
+    rules: Any = (0.0, None, False, -1, -1, 0.0, None)
+    out, lse, _, _ = interface._flash_attn_forward(q, k, v, *rules, False)
+    dout = torch.randn_like(out)
+    whole, dq, dk, dv = (torch.empty_like(t) for t in (q, q, k, v))
+    interface._flash_attn_backward(dout, q, k, v, out, lse, whole, dk, dv, *rules, False)
+    total = torch.zeros_like(q)
+    for part in (slice(0, 4), slice(4, 9)):
+        step = (dout, q, k[:, part], v[:, part], out, lse, dq, dk[:, part], dv[:, part])
+        before = dk.clone()
+        interface._flash_attn_backward(*step, *rules, False)
+        assert torch.allclose(before, dk, atol=1e-6)
+        total += dq
+    assert torch.allclose(total, whole, atol=1e-6)
+
+
+def test_backward_names_what_does_not_fit() -> None:
+    q, k, v = dense()
+    rules: Any = (0.0, None, False, -1, -1, 0.0, None)
+    out, lse, _, _ = interface._flash_attn_forward(q, k, v, *rules, False)
+    good = {"dout": out, "q": q, "k": k, "v": v, "out": out, "softmax_lse": lse}
+    good |= {"dq": q.clone(), "dk": k.clone(), "dv": v.clone()}
+    for name, wrong, error in [
+        ("dout", out[:, :3], ValueError),
+        ("out", out.half(), TypeError),
+        ("softmax_lse", lse.transpose(1, 2), ValueError),
+        ("softmax_lse", lse.double(), TypeError),
+        ("dq", q[:1], ValueError),
+        ("dk", k.transpose(-1, -2).contiguous().transpose(-1, -2), ValueError),
+        ("dv", v.bfloat16(), TypeError),
+    ]:
+        call = {**good, name: wrong}
+        with pytest.raises(error, match=name):
+            interface._flash_attn_backward(*call.values(), *rules, False)
+    with pytest.raises(NotImplementedError, match="dropout"):
+        interface._flash_attn_backward(*good.values(), 0.1, *rules[1:], False)
+    interface._flash_attn_backward(*[*good.values()][:6], None, good["dk"], None, *rules, False)
+    assert not torch.equal(good["dk"], k)
+
+
+def test_backward_compiles() -> None:
+    q, k, v = dense()
+    rules: Any = (0.0, None, True, -1, -1, 0.0, None)
+    out, lse, _, _ = interface._flash_attn_forward(q, k, v, *rules, False)
+
+    def step(dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
+        return interface._flash_attn_backward(out, q, k, v, out, lse, dq, dk, dv, *rules, False)
+
+    eager = [torch.empty_like(t) for t in (q, k, v)]
+    compiled = [torch.empty_like(t) for t in (q, k, v)]
+    softmax_d = step(*eager)
+    assert torch.allclose(torch.compile(step, fullgraph=True)(*compiled), softmax_d)
+    assert all(torch.equal(*pair) for pair in zip(eager, compiled, strict=True))
 
 
 def test_signatures_are_the_ones_of_flash_attn() -> None:

@@ -17,7 +17,7 @@ pub mod trace;
 pub use dtype::Dtype;
 pub use error::{Error, Result};
 pub use mask::{Alignment, Mask};
-pub use plan::{BackwardPlan, CpuPath, CpuTile, Demotions, Device, Gpu, MetalTile, Plan, Planner};
+pub use plan::{BackwardPlan, CpuBackwardTile, CpuPath, CpuTile, Demotions, Device, Gpu, MetalTile, Plan, Planner};
 pub use problem::{Bias, BiasKind, Lengths, Options, Problem, Strides, TensorMeta};
 pub use settings::Settings;
 pub use tier::Tier;

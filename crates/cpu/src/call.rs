@@ -156,24 +156,31 @@ impl<'a> Call<'a> {
 
     /// Element 0 of row `row` of the output.
     pub(crate) unsafe fn out_row<T>(&self, task: &Task, row: usize) -> *mut T {
+        self.query_row(self.outputs.out.cast(), &self.outputs.out_strides, task, row)
+    }
+
+    /// Element 0 of row `row` of a tensor with the dimensions of the output, but for the last.
+    pub(crate) unsafe fn query_row<T>(&self, first: *mut T, strides: &Strides, task: &Task, row: usize) -> *mut T {
         let token = task.sequence.query_start + self.query(row);
-        let strides = &self.outputs.out_strides;
-        self.outputs.out.cast::<T>().offset(offset(strides, &task.sequence, token, self.head(task, row)))
+        first.offset(offset(strides, &task.sequence, token, self.head(task, row)))
     }
 
     /// Writes the LSE of row `row`, when it is wanted, from the running maximum (in units of log2) and sum.
     pub(crate) unsafe fn write_lse(&self, task: &Task, row: usize, max: f32, sum: f32) {
-        if self.outputs.lse.is_null() {
-            return;
+        if !self.outputs.lse.is_null() {
+            self.outputs.lse.add(self.lse_index(task, row)).write(lse(max, sum));
         }
+    }
+
+    /// Where the LSE of row `row` lies.
+    pub(crate) fn lse_index(&self, task: &Task, row: usize) -> usize {
         let (head, query) = (self.head(task, row), self.query(row));
-        let index = match self.problem.lengths {
+        match self.problem.lengths {
             Lengths::Dense { query_len, .. } => {
                 (task.sequence.index * self.problem.query_heads + head) * query_len + query
             }
             Lengths::Packed { total_query, .. } => head * total_query + task.sequence.query_start + query,
-        };
-        self.outputs.lse.add(index).write(lse(max, sum));
+        }
     }
 
     /// ALiBi slope of row `row`.
@@ -201,6 +208,6 @@ pub(crate) fn normalizer(sum: f32) -> f32 {
     if sum == 0.0 { 0.0 } else { 1.0 / sum }
 }
 
-const fn offset(strides: &Strides, sequence: &Sequence, token: usize, head: usize) -> isize {
+pub(crate) const fn offset(strides: &Strides, sequence: &Sequence, token: usize, head: usize) -> isize {
     (sequence.index as i64 * strides.batch + token as i64 * strides.row + head as i64 * strides.head) as isize
 }

@@ -11,6 +11,7 @@
 #![allow(clippy::float_cmp, reason = "exact zeros and ones are states, not results of rounding")]
 #![allow(clippy::cast_ptr_alignment, reason = "tensors are aligned to their elements, which the caller guarantees")]
 
+mod backward;
 mod call;
 mod decode;
 mod element;
@@ -18,6 +19,7 @@ mod interrupt;
 mod isa;
 mod math;
 mod merge;
+mod modify;
 mod panels;
 mod pool;
 pub mod roofline;
@@ -30,6 +32,7 @@ mod workspace;
 use mtlflashattn_core::{CpuTile, Problem, Strides};
 use thiserror::Error as ThisError;
 
+pub use backward::{Gradient, InputGradients, OutputGradients, backward};
 pub use isa::Isa;
 
 /// Why a call did not finish.

@@ -9,6 +9,7 @@ use crate::call::{Call, Task, Work, normalizer};
 use crate::element::{Element, narrow, widen};
 use crate::interrupt::Ticker;
 use crate::isa::Simd;
+use crate::modify::PanelScores;
 use crate::rows::{Rows, prefetch};
 use crate::workspace::Carver;
 use crate::{math, score};
@@ -287,7 +288,17 @@ impl Work<'_, '_, Scratch> {
         let scores = self.at(self.scratch.scores);
         let old = load_row::<S>(self.at(self.scratch.max + panel * S::PANEL));
         let (mut new, mut unknown) = (old, old);
-        let inner = self.fully_visible::<S>(panel, keys, &tiles);
+        let rows = self.panel_rows::<S>(panel);
+        let panel_scores = PanelScores {
+            call: self.call,
+            task: self.task,
+            rows: &rows,
+            keys,
+            scores,
+            lanes: self.at(self.scratch.lanes),
+            staged: self.at(self.scratch.rows),
+        };
+        let inner = panel_scores.final_tiles::<S>(&tiles);
         let queries = self.at(self.queries::<S>(panel));
         for key in tiles.clone().step_by(S::TILE) {
             let to = scores.add(key * S::PANEL);
@@ -296,9 +307,8 @@ impl Work<'_, '_, Scratch> {
             S::scores(vectors, block.k.add(key * stride), stride, queries, self.scratch.depth, to, max);
         }
         if inner != tiles {
-            let rows = self.panel_rows::<S>(panel);
-            let changed = self.modify::<S>(&rows, keys, &tiles, &inner);
-            for key in changed.into_iter().flatten() {
+            panel_scores.modify::<S>(&tiles);
+            for key in (tiles.start..inner.start).chain(inner.end..tiles.end) {
                 for (n, max) in new.as_mut()[..vectors].iter_mut().enumerate() {
                     *max = S::max(S::load(scores.add(key * S::PANEL + n * S::LANES)), *max);
                 }
@@ -340,124 +350,6 @@ impl Work<'_, '_, Scratch> {
         store_row::<S>(max, &new);
         store_row::<S>(sum, &total);
         rescale
-    }
-
-    /// The part of `tiles` whose scores are final: every row sees every key and no score is modified.
-    #[inline(always)]
-    fn fully_visible<S: Simd>(&self, panel: usize, keys: &Range<usize>, tiles: &Range<usize>) -> Range<usize> {
-        let problem = self.call.problem;
-        if problem.softcap > 0.0 || problem.alibi.is_some() || problem.bias.is_some() {
-            return tiles.start..tiles.start;
-        }
-        self.seen_by_all::<S>(&self.panel_rows::<S>(panel), keys, tiles)
-    }
-
-    /// Whole tiles that every row sees.
-    #[inline(always)]
-    fn seen_by_all<S: Simd>(&self, rows: &Range<usize>, keys: &Range<usize>, tiles: &Range<usize>) -> Range<usize> {
-        let first = self.call.visible(&self.task.sequence, rows.start);
-        let last = self.call.visible(&self.task.sequence, rows.end - 1);
-        let relative = |key: usize| key.clamp(keys.start, keys.end) - keys.start;
-        let start = relative(last.start).next_multiple_of(S::TILE).max(tiles.start);
-        let end = relative(first.end) / S::TILE * S::TILE;
-        if start < end.min(tiles.end) { start..end.min(tiles.end) } else { tiles.start..tiles.start }
-    }
-
-    /// Softcap, ALiBi, bias and visibility for the tiles outside `inner`. Returns the keys whose scores it finished.
-    #[inline(always)]
-    unsafe fn modify<S: Simd>(
-        &self,
-        rows: &Range<usize>,
-        keys: &Range<usize>,
-        tiles: &Range<usize>,
-        inner: &Range<usize>,
-    ) -> [Range<usize>; 2] {
-        let problem = self.call.problem;
-        if problem.softcap > 0.0 {
-            let scores = self.at(self.scratch.scores + tiles.start * S::PANEL);
-            score::softcap::<S>(scores, tiles.len() * S::PANEL, problem.softcap);
-        }
-        if problem.alibi.is_some() {
-            self.add_alibi::<S>(rows, keys, tiles);
-        }
-        if problem.bias.is_some() {
-            self.add_bias::<S>(rows, keys, tiles);
-        }
-        let seen = self.seen_by_all::<S>(rows, keys, tiles);
-        self.hide::<S>(rows, keys, &[tiles.start..seen.start, seen.end..tiles.end]);
-        [tiles.start..inner.start, inner.end..tiles.end]
-    }
-
-    #[inline(always)]
-    unsafe fn add_alibi<S: Simd>(&self, rows: &Range<usize>, keys: &Range<usize>, tiles: &Range<usize>) {
-        let sequence = &self.task.sequence;
-        let (diagonals, slopes) = (self.at(self.scratch.lanes), self.at(self.scratch.lanes + S::PANEL));
-        for lane in 0..S::PANEL {
-            let row = (rows.start + lane).min(rows.end - 1);
-            let query = self.call.query(row);
-            let diagonal = self.call.problem.mask.diagonal(query, sequence.query_len, sequence.key_len);
-            diagonals.add(lane).write((diagonal - keys.start as i64) as f32);
-            let slope = self.call.alibi_slope(self.task, row).unwrap_or(0.0);
-            slopes.add(lane).write(-slope * std::f32::consts::LOG2_E);
-        }
-        for n in (0..S::PANEL).step_by(S::LANES) {
-            let (diagonal, slope) = (S::load(diagonals.add(n)), S::load(slopes.add(n)));
-            for key in tiles.clone() {
-                let p = self.at(self.scratch.scores + key * S::PANEL + n);
-                let signed = S::sub(S::splat(key as f32), diagonal);
-                let distance = S::max(signed, S::sub(S::splat(0.0), signed));
-                S::store(p, S::fma(slope, distance, S::load(p)));
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn add_bias<S: Simd>(&self, rows: &Range<usize>, keys: &Range<usize>, tiles: &Range<usize>) {
-        let staged = self.at(self.scratch.rows);
-        let width = tiles.len().next_multiple_of(S::LANES);
-        let existing = (keys.start + tiles.start)..(keys.start + tiles.end).min(keys.end);
-        for lane in (0..rows.len()).step_by(S::LANES) {
-            staged.write_bytes(0, S::LANES * width);
-            for i in 0..S::LANES.min(rows.len() - lane) {
-                if let Some(bias) = score::BiasRow::of(self.call, self.task, rows.start + lane + i) {
-                    bias.read(existing.clone(), staged.add(i * width));
-                }
-            }
-            for key in (0..tiles.len()).step_by(S::LANES) {
-                // At most sixteen by sixteen.
-                let mut columns = [0.0f32; 256];
-                let one = S::splat(1.0);
-                S::transpose(staged.add(key), width as isize, one, columns.as_mut_ptr(), S::LANES as isize);
-                for i in 0..S::LANES.min(tiles.len() - key) {
-                    let p = self.at(self.scratch.scores + (tiles.start + key + i) * S::PANEL + lane);
-                    S::store(p, S::add(S::load(p), S::load(columns.as_ptr().add(i * S::LANES))));
-                }
-            }
-        }
-    }
-
-    /// Scores of keys that a row does not see become negative infinity.
-    #[inline(always)]
-    unsafe fn hide<S: Simd>(&self, rows: &Range<usize>, keys: &Range<usize>, tiles: &[Range<usize>; 2]) {
-        if tiles.iter().all(Range::is_empty) {
-            return;
-        }
-        let (low, high) = (self.at(self.scratch.lanes), self.at(self.scratch.lanes + S::PANEL));
-        for lane in 0..S::PANEL {
-            let row = (rows.start + lane).min(rows.end - 1);
-            let visible = self.call.visible(&self.task.sequence, row);
-            // Relative to the block, so that every value is a small whole number.
-            let relative = |key: usize| (key.clamp(keys.start, keys.end) - keys.start) as f32;
-            low.add(lane).write(relative(visible.start));
-            high.add(lane).write(relative(visible.end));
-        }
-        for n in (0..S::PANEL).step_by(S::LANES) {
-            let (low, high) = (S::load(low.add(n)), S::load(high.add(n)));
-            for key in tiles.iter().cloned().flatten() {
-                let p = self.at(self.scratch.scores + key * S::PANEL + n);
-                S::store(p, S::keep_between(S::load(p), S::splat(key as f32), low, high));
-            }
-        }
     }
 
     /// Normalises the panel and writes its rows to the output, or unnormalised to the partial results.

@@ -15,7 +15,7 @@ use crate::workspace::Block;
 use crate::{Error, decode, merge, panels, pool};
 
 /// Below this much work (about 50 us on one core) waking other threads costs more than it saves.
-const MIN_PARALLEL_FLOPS: f64 = 4e6;
+pub(crate) const MIN_PARALLEL_FLOPS: f64 = 4e6;
 
 /// Scratch memory up to this size stays with its thread between calls.
 const KEPT_FLOATS: usize = 256 * 1024;
@@ -198,7 +198,7 @@ impl Run<'_> {
 }
 
 /// Runs `work` with `len` float32 values of scratch memory, kept for the thread's next call when it is small.
-fn with_scratch(len: usize, work: impl FnOnce(*mut f32)) -> Result<(), Error> {
+pub(crate) fn with_scratch(len: usize, work: impl FnOnce(*mut f32)) -> Result<(), Error> {
     let kept = KEPT.with(|kept| kept.borrow_mut().take()).filter(|(size, _)| *size >= len);
     let (size, block) = match kept {
         Some(kept) => kept,

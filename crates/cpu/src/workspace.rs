@@ -1,6 +1,6 @@
 //! Scratch memory of one thread: one aligned block, carved into pieces.
 
-use std::alloc::{Layout, alloc, dealloc};
+use std::alloc::{Layout, alloc, alloc_zeroed, dealloc};
 
 use crate::Error;
 
@@ -27,7 +27,7 @@ impl Carver {
     }
 }
 
-/// An aligned, uninitialised block of float32 values.
+/// An aligned block of float32 values.
 pub(crate) struct Block {
     pointer: *mut f32,
     layout: Layout,
@@ -41,10 +41,19 @@ unsafe impl Sync for Block {}
 impl Block {
     /// Allocates `len` float32 values (at least one).
     pub(crate) fn new(len: usize) -> Result<Self, Error> {
+        Self::allocate(len, alloc)
+    }
+
+    /// The same, all of them 0.
+    pub(crate) fn zeroed(len: usize) -> Result<Self, Error> {
+        Self::allocate(len, alloc_zeroed)
+    }
+
+    fn allocate(len: usize, allocate: unsafe fn(Layout) -> *mut u8) -> Result<Self, Error> {
         let bytes = len.max(1).saturating_mul(4);
         let layout = Layout::from_size_align(bytes, ALIGN).map_err(|_| Error::OutOfMemory { bytes })?;
         // SAFETY: the layout has a size of at least four bytes.
-        let pointer = unsafe { alloc(layout) }.cast::<f32>();
+        let pointer = unsafe { allocate(layout) }.cast::<f32>();
         if pointer.is_null() { Err(Error::OutOfMemory { bytes }) } else { Ok(Self { pointer, layout }) }
     }
 

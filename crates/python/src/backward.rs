@@ -1,6 +1,9 @@
 //! Gradients: from the tensors of a forward call, its results and their gradients to gradients of the inputs.
 
-use mtlflashattn_core::{self as core, Demotions, Device, Dtype, Planner, Problem};
+use std::ptr;
+
+use mtlflashattn_core::{self as core, Demotions, Device, Dtype, Planner, Problem, Strides, Tier};
+use mtlflashattn_cpu::{self as cpu, Gradient, InputGradients, Inputs, OutputGradients, Outputs};
 use pyo3::exceptions::PyTypeError;
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -9,7 +12,7 @@ use pyo3::types::{PyDict, PyTuple};
 
 use crate::call::{Described, Numbers, Slot, Tensors, describe, dtype_error};
 use crate::error::{Error, Result, guard};
-use crate::execute::{Offsets, cpu_device, make_readable, read_plain, torch_rules, unreadable};
+use crate::execute::{Offsets, SMALL_FLOPS, cpu_device, make_readable, read_plain, run_cpu, torch_rules, unreadable};
 use crate::form::Form;
 use crate::operator;
 use crate::tensor::{Element, Place, View};
@@ -95,13 +98,18 @@ fn run<'py>(py: Python<'py>, arguments: &Bound<'py, PyTuple>, gradients: [Option
         if object.is_none() { Ok(None) } else { readable(torch, name, object, place).map(Some) }
     };
     let present = |name, index| input(name, index)?.ok_or_else(|| unreadable(name));
+    // Unlike rows of out, those of the LSE have no strides.
+    let packed = |operand: Operand<'py>, name| {
+        let object = operand.object.call_method0(intern!(py, "contiguous"))?;
+        Ok::<_, Error>(Operand { view: read(torch, name, &object, place)?, object })
+    };
     let mut call = Call {
         form,
         numbers,
         grad_out: present("dout", 0)?,
-        grad_lse: input("dlse", 1)?,
+        grad_lse: input("dlse", 1)?.map(|operand| packed(operand, "dlse")).transpose()?,
         out: present("out", 2)?,
-        lse: present("softmax_lse", 3)?,
+        lse: packed(present("softmax_lse", 3)?, "softmax_lse")?,
         objects,
         views,
         gradients: [const { None }; 5],
@@ -112,7 +120,7 @@ fn run<'py>(py: Python<'py>, arguments: &Bound<'py, PyTuple>, gradients: [Option
         *to = Some(Operand { object, view });
     }
     check(&call, &described)?;
-    execute(py, torch, &call, &described.problem)
+    execute(py, torch, &call, &described)
 }
 
 fn read(torch: &Torch, name: &'static str, tensor: &Bound<'_, PyAny>, place: Place) -> Result<View> {
@@ -191,7 +199,8 @@ fn expect(argument: &'static str, operand: &Operand<'_>, shape: &[i64], dtype: D
     Err(Error::Problem(core::Error::Shape { argument, got: operand.view.shape_text(), allowed }))
 }
 
-fn execute(py: Python<'_>, torch: &Torch, call: &Call<'_>, problem: &Problem) -> Result<()> {
+fn execute(py: Python<'_>, torch: &Torch, call: &Call<'_>, described: &Described) -> Result<()> {
+    let problem = &described.problem;
     let settings = settings::current(py)?;
     let place = call.views.q().place;
     let offsets = Offsets::read(torch, call.form, &call.objects, &call.views, problem)?;
@@ -202,8 +211,76 @@ fn execute(py: Python<'_>, torch: &Torch, call: &Call<'_>, problem: &Problem) ->
     };
     let planner = Planner { device, settings: &settings.values, demotions: Demotions::NONE };
     let plan = planner.plan_backward(problem, call.gradients[3].is_some());
-    run_torch(py, call, problem, &offsets, settings.values.torch_chunk)?;
+    match (plan.tier, &plan.cpu) {
+        (Tier::Cpu, Some(tile)) => {
+            let pointers = Pointers::new(call, described, &offsets);
+            let small = problem.flops() < SMALL_FLOPS;
+            let threads = if small { 1 } else { torch.num_threads(py)? };
+            let isa = settings.isa()?;
+            run_cpu(py, small, |interrupted| {
+                let Pointers { inputs, outputs, given, wanted } = &pointers;
+                // SAFETY: shapes, strides, offsets and alignment were checked. Gradients that share memory hold nonsense
+                // afterwards, which is the caller's.
+                unsafe { cpu::backward(problem, tile, isa, threads, inputs, outputs, given, wanted, interrupted) }
+            })?;
+        }
+        _ => run_torch(py, call, problem, &offsets, settings.values.torch_chunk)?,
+    }
     Ok(trace::record_backward(py, &planner, problem, &plan)?)
+}
+
+/// What the engine reads and writes.
+struct Pointers<'a> {
+    inputs: Inputs<'a>,
+    outputs: Outputs,
+    given: OutputGradients,
+    wanted: InputGradients,
+}
+
+// SAFETY: the tensors behind the pointers are kept alive by the arguments of the Python call, on whichever thread the
+// GIL is released.
+unsafe impl Send for Pointers<'_> {}
+// SAFETY: as above; the engine divides the gradients among its threads.
+unsafe impl Sync for Pointers<'_> {}
+
+impl<'a> Pointers<'a> {
+    fn new(call: &Call<'_>, described: &Described, offsets: &'a Offsets) -> Self {
+        let dtype = described.problem.dtype;
+        let first = |slot| call.views.get(slot).map_or(ptr::null(), |view| view.data.cast_const());
+        let inputs = Inputs {
+            q: described.q.data,
+            k: described.k.data,
+            v: described.v.data,
+            query_offsets: &offsets.query,
+            key_offsets: &offsets.key,
+            alibi_slopes: first(Slot::AlibiSlopes).cast(),
+            bias: first(Slot::Bias),
+            sinks: first(Slot::Sinks).cast(),
+        };
+        let gradient = |index: usize| match &call.gradients[index] {
+            Some(Operand { view, .. }) => Gradient { data: view.data, strides: Strides::of(&view.meta(dtype)) },
+            None => Gradient { data: ptr::null_mut(), strides: Strides::default() },
+        };
+        Self {
+            inputs,
+            outputs: Outputs {
+                out: call.out.view.data,
+                out_strides: Strides::of(&call.out.view.meta(dtype)),
+                lse: call.lse.view.data.cast(),
+            },
+            given: OutputGradients {
+                out: call.grad_out.view.data,
+                out_strides: Strides::of(&call.grad_out.view.meta(dtype)),
+                lse: call.grad_lse.as_ref().map_or(ptr::null(), |operand| operand.view.data.cast_const().cast()),
+            },
+            wanted: InputGradients {
+                q: gradient(0),
+                k: gradient(1),
+                v: gradient(2),
+                sinks: call.gradients[4].as_ref().map_or(ptr::null_mut(), |operand| operand.view.data.cast()),
+            },
+        }
+    }
 }
 
 /// Hands the call to the tensor operations of `metal_flash_attn._torch_tier`.

@@ -2,7 +2,7 @@
 
 use std::ptr;
 
-use mtlflashattn_core::{self as core, CpuTile, Demotions, Device, Lengths, Planner, Problem, Settings, Strides, Tier};
+use mtlflashattn_core::{self as core, Demotions, Device, Lengths, Planner, Problem, Settings, Strides, Tier};
 use mtlflashattn_cpu::{self as cpu, Inputs, Isa, Outputs};
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -18,7 +18,7 @@ use crate::torch::Torch;
 use crate::{metal, settings, trace};
 
 /// Below this a call takes about 20 microseconds: handing over the GIL and waking threads would dominate.
-const SMALL_FLOPS: f64 = 5e5;
+pub const SMALL_FLOPS: f64 = 5e5;
 
 /// Results as torch tensors.
 struct Results<'py> {
@@ -114,7 +114,11 @@ pub fn execute<'py>(
     match (plan.tier, &plan.cpu) {
         (Tier::Cpu, Some(tile)) => {
             let pointers = Pointers::new(&described, views, &offsets, &results);
-            run_cpu(py, problem, tile, isa, threads, &pointers, small)?;
+            run_cpu(py, small, |interrupted| {
+                let Pointers { inputs, outputs } = &pointers;
+                // SAFETY: shapes, strides, offsets and alignment were checked; the outputs are fresh.
+                unsafe { cpu::forward(problem, tile, isa, threads, inputs, outputs, interrupted) }
+            })?;
         }
         _ => run_torch(py, form, numbers, &objects, &offsets, problem, &settings.values, &results)?,
     }
@@ -350,20 +354,12 @@ impl<'a> Pointers<'a> {
     }
 }
 
-fn run_cpu(
+/// Runs the engine: without the GIL, and looking for signals, unless the call is too `small` for that.
+pub fn run_cpu(
     py: Python<'_>,
-    problem: &Problem,
-    tile: &CpuTile,
-    isa: Isa,
-    threads: usize,
-    pointers: &Pointers<'_>,
     small: bool,
+    run: impl FnOnce(&mut dyn FnMut() -> bool) -> std::result::Result<(), cpu::Error> + Send,
 ) -> Result<()> {
-    let run = |interrupted: &mut dyn FnMut() -> bool| {
-        let Pointers { inputs, outputs } = pointers;
-        // SAFETY: shapes, strides, offsets and alignment were checked; the outputs are fresh.
-        unsafe { cpu::forward(problem, tile, isa, threads, inputs, outputs, interrupted) }
-    };
     if small {
         return finished(run(&mut || false), None);
     }

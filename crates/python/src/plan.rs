@@ -1,9 +1,11 @@
 //! `plan()`: which tier would serve a call, and why not the others.
 
-use mtlflashattn_core::{self as core, Demotions, Device, Planner};
+use mtlflashattn_core::plan::Reason;
+use mtlflashattn_core::{self as core, Demotions, Device, Planner, Tier};
+use pyo3::intern;
 use pyo3::prelude::*;
 
-use crate::call::{Numbers, Tensors, describe};
+use crate::call::{Numbers, Slot, Tensors, describe};
 use crate::error::{Error, guard};
 use crate::execute::cpu_device;
 use crate::form::Form;
@@ -23,6 +25,13 @@ pub struct Plan {
     reasons: Vec<(&'static str, String)>,
 }
 
+impl Plan {
+    fn new(tier: Tier, isa: Option<&'static str>, passed_over: &[(Tier, Reason)]) -> Self {
+        let reasons = passed_over.iter().map(|(tier, reason)| (tier.name(), reason.to_string())).collect();
+        Self { tier: tier.name(), isa, reasons }
+    }
+}
+
 #[pymethods]
 impl Plan {
     fn __repr__(&self) -> String {
@@ -36,7 +45,7 @@ impl Plan {
 /// Plans a call of `attention` without computing it; tensors of any device, also meta, will do.
 #[pyfunction]
 #[pyo3(signature = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size,
-    softcap, alibi_slopes, bias, mask, sinks, top_left, /))]
+    softcap, alibi_slopes, bias, mask, sinks, top_left, backward, /))]
 #[allow(clippy::too_many_arguments, reason = "the parts of one call")]
 pub fn plan<'py>(
     py: Python<'py>,
@@ -56,6 +65,7 @@ pub fn plan<'py>(
     mask: Option<Bound<'py, PyAny>>,
     sinks: Option<Bound<'py, PyAny>>,
     top_left: bool,
+    backward: bool,
 ) -> PyResult<Plan> {
     guard(|| {
         let torch = Torch::get(py)?;
@@ -81,6 +91,15 @@ pub fn plan<'py>(
             (None, Place::Cpu) => cpu_device(isa, torch.num_threads(py)?),
             (None, _) => Device::Torch,
         };
+        if backward {
+            let bias_gradient = match tensors.get(Slot::Bias) {
+                Some(bias) => bias.getattr(intern!(py, "requires_grad"))?.is_truthy()?,
+                None => false,
+            };
+            let planner = Planner { device, settings: &settings.values, demotions: Demotions::NONE };
+            let core::BackwardPlan { tier, passed_over, .. } = planner.plan_backward(&problem, bias_gradient);
+            return Ok(Plan::new(tier, (tier == Tier::Cpu).then(|| isa.name()), &passed_over));
+        }
         let mut demotions = Demotions::default();
         let (plan, passed_over) = loop {
             let planner = Planner { demotions: &demotions, ..Planner::new(device, &settings.values) };
@@ -91,11 +110,7 @@ pub fn plan<'py>(
             };
             demotions.demote(plan.tier, &*reason);
         };
-        Ok(Plan {
-            tier: plan.tier.name(),
-            isa: plan.cpu.is_some().then(|| isa.name()),
-            reasons: passed_over.into_iter().map(|(tier, reason)| (tier.name(), reason.to_string())).collect(),
-        })
+        Ok(Plan::new(plan.tier, plan.cpu.is_some().then(|| isa.name()), &passed_over))
     })
 }
 

@@ -1,13 +1,66 @@
 //! Which tier computes the gradients of a problem.
 
+use super::cpu::{CpuPath, CpuTile};
 use super::{Device, Planner, Reason};
-use crate::{Problem, Tier, settings};
+use crate::{Lengths, Problem, Tier, settings};
+
+/// How the CPU engine cuts the gradients of a problem. Nothing here depends on the number of threads: splits are added
+/// up afterwards, and results must not depend on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CpuBackwardTile {
+    /// Rows that meet a block of keys together, and the keys of that block.
+    pub block: CpuTile,
+    /// Rows of one task, a multiple of those of a block.
+    pub split_rows: usize,
+}
+
+/// Tasks that keep most CPUs busy. Each has sums for all of its keys, so that more of them cost memory.
+const TARGET_TASKS: usize = 32;
+/// Most splits of the rows of one key head, for the same reason.
+const MAX_SPLITS: usize = 8;
+/// Fewest rows that repay the sums of a split.
+const MIN_SPLIT_ROWS: usize = 512;
+/// Keys of a block: with two score tiles of 64 keys by 32 rows its work fits in a 32 KiB first-level cache.
+const KEY_BLOCK: usize = 64;
+/// Bytes of a block's rows: Q, dO and dQ with their transposes, half of a 512 KiB second-level cache.
+const BLOCK_BYTES: usize = 256 * 1024;
+/// Most panels of a block.
+const MAX_PANELS: usize = 16;
+
+impl CpuBackwardTile {
+    /// The tile for `problem` with panels of `panel_rows`.
+    #[must_use]
+    pub fn new(problem: &Problem, panel_rows: usize) -> Self {
+        let row_bytes = (3 * problem.head_dim + 2 * problem.value_dim) * 4;
+        let rows = (problem.lengths.max_query_len() * problem.group()).max(1);
+        let panels = (BLOCK_BYTES / (panel_rows * row_bytes)).clamp(1, MAX_PANELS).min(rows.div_ceil(panel_rows));
+        let block_rows = panels * panel_rows;
+        let sequences = match problem.lengths {
+            Lengths::Dense { batch, .. } => batch,
+            // Ragged batches are usually long in only some sequences.
+            Lengths::Packed { batch, .. } => batch.min(8),
+        };
+        let tasks = (sequences * problem.key_heads).max(1);
+        let splits = TARGET_TASKS.div_ceil(tasks).min(rows / MIN_SPLIT_ROWS).clamp(1, MAX_SPLITS);
+        Self {
+            block: CpuTile {
+                path: CpuPath::Panels,
+                task_rows: block_rows,
+                key_block: KEY_BLOCK,
+                split_keys: problem.lengths.max_key_len().max(1),
+            },
+            split_rows: rows.div_ceil(splits).next_multiple_of(block_rows),
+        }
+    }
+}
 
 /// Which tier serves the gradients of a problem.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackwardPlan {
     /// The tier that serves.
     pub tier: Tier,
+    /// Its tile when it is [`Tier::Cpu`].
+    pub cpu: Option<CpuBackwardTile>,
     /// Every other tier, with the reason why it does not.
     pub passed_over: Vec<(Tier, Reason)>,
 }
@@ -17,7 +70,7 @@ impl Planner<'_> {
     /// forced tier where it has a backward pass, else the first in the order of [`Tier::ALL`] that can serve. The
     /// forward pass leaves nothing behind but its output and LSE, so any tier can follow any other.
     #[must_use]
-    pub fn plan_backward(&self, _problem: &Problem, bias_gradient: bool) -> BackwardPlan {
+    pub fn plan_backward(&self, problem: &Problem, bias_gradient: bool) -> BackwardPlan {
         let can = |tier| self.serve_backward(tier, bias_gradient);
         let forced = self.settings.kernel.tier().filter(|&tier| can(tier).is_ok());
         let tier = forced.or_else(|| Tier::ALL.into_iter().find(|&tier| can(tier).is_ok())).unwrap_or(Tier::Torch);
@@ -27,17 +80,22 @@ impl Planner<'_> {
             Ok(()) => Reason::After(tier),
         };
         let passed_over = Tier::ALL.into_iter().filter(|&other| other != tier).map(|other| (other, why(other)));
-        BackwardPlan { tier, passed_over: passed_over.collect() }
+        let cpu = match self.device {
+            Device::Cpu { panel_rows, .. } if tier == Tier::Cpu => Some(CpuBackwardTile::new(problem, panel_rows)),
+            _ => None,
+        };
+        BackwardPlan { tier, cpu, passed_over: passed_over.collect() }
     }
 
-    fn serve_backward(&self, tier: Tier, _bias_gradient: bool) -> Result<(), Reason> {
+    fn serve_backward(&self, tier: Tier, bias_gradient: bool) -> Result<(), Reason> {
         match (tier, self.device) {
             (Tier::Torch, _) => Ok(()),
             (Tier::Cpu, Device::Metal(_)) if self.settings.device == settings::Device::Simulator => {
                 Err(Reason::Simulated)
             }
             (Tier::Cpu, Device::Metal(_) | Device::Torch) => Err(Reason::NeedsCpu),
-            (Tier::Cpu, Device::Cpu { .. }) => Err(Reason::NoBackward),
+            (Tier::Cpu, Device::Cpu { .. }) if bias_gradient => Err(Reason::NoBiasGradient),
+            (Tier::Cpu, Device::Cpu { .. }) => Ok(()),
             (_, Device::Metal(_)) => Err(Reason::NoBackward),
             (_, Device::Cpu { .. } | Device::Torch) => Err(Reason::NeedsMetal),
         }

@@ -16,7 +16,7 @@ use metal::NoTile;
 
 use crate::{Error, Problem, Result, Settings, Tier, settings};
 
-pub use backward::BackwardPlan;
+pub use backward::{BackwardPlan, CpuBackwardTile};
 pub use cpu::{CpuPath, CpuTile};
 pub use gpu::{Chip, Gpu, Missing, Size, Version};
 pub use matmul::{MATRIX, Matmul, Operands, Weights, has_plain_rows};

@@ -83,8 +83,13 @@ macro_rules! tile_loop {
 
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn scores_tile(keys: *const f32, key_stride: usize, queries: *const f32, depth: usize) -> [[__m256; 3]; 4] {
-    let mut acc = [[_mm256_setzero_ps(); 3]; 4];
+unsafe fn scores_tile(
+    keys: *const f32,
+    key_stride: usize,
+    queries: *const f32,
+    depth: usize,
+    acc: &mut [[__m256; 3]; 4],
+) {
     tile_loop!(
         acc,
         [
@@ -101,7 +106,6 @@ unsafe fn scores_tile(keys: *const f32, key_stride: usize, queries: *const f32, 
         ld = in(reg) key_stride * 4,
         ld3 = in(reg) key_stride * 12,
     );
-    acc
 }
 
 #[inline]
@@ -283,7 +287,9 @@ impl Simd for Avx2 {
             2 => return tile::scores::<Self, 4, 2>(keys, key_stride, queries, depth, scores, row_max),
             _ => {}
         }
-        for (r, row) in scores_tile(keys, key_stride, queries, depth).iter().enumerate() {
+        let mut acc = [[_mm256_setzero_ps(); 3]; 4];
+        scores_tile(keys, key_stride, queries, depth, &mut acc);
+        for (r, row) in acc.iter().enumerate() {
             for (n, &score) in row.iter().enumerate() {
                 _mm256_store_ps(scores.add((r * 3 + n) * 8), score);
                 row_max[n] = _mm256_max_ps(score, row_max[n]);
@@ -314,6 +320,37 @@ impl Simd for Avx2 {
             }
         }
         values_tile(values, probabilities, keys, &mut acc);
+        for (r, row) in acc.iter().enumerate() {
+            for (n, &o) in row.iter().enumerate() {
+                _mm256_store_ps(out.add((r * 3 + n) * 8), o);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn accumulate(
+        vectors: usize,
+        weights: *const f32,
+        weights_stride: usize,
+        rows: *const f32,
+        panels: usize,
+        out: *mut f32,
+    ) {
+        match vectors {
+            1 => return tile::accumulate::<Self, 4, 1>(weights, weights_stride, rows, panels, out),
+            2 => return tile::accumulate::<Self, 4, 2>(weights, weights_stride, rows, panels, out),
+            _ => {}
+        }
+        let mut acc = [[_mm256_setzero_ps(); 3]; 4];
+        for (r, row) in acc.iter_mut().enumerate() {
+            for (n, acc) in row.iter_mut().enumerate() {
+                *acc = _mm256_load_ps(out.add((r * 3 + n) * 8));
+            }
+        }
+        for panel in 0..panels {
+            let (weights, rows) = (weights.add(panel * weights_stride), rows.add(panel * Self::PANEL * Self::PANEL));
+            scores_tile(weights, Self::PANEL, rows, Self::PANEL, &mut acc);
+        }
         for (r, row) in acc.iter().enumerate() {
             for (n, &o) in row.iter().enumerate() {
                 _mm256_store_ps(out.add((r * 3 + n) * 8), o);

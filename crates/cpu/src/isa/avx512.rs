@@ -96,8 +96,13 @@ macro_rules! tile_loop {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn scores_tile(keys: *const f32, key_stride: usize, queries: *const f32, depth: usize) -> [[__m512; 2]; 8] {
-    let mut acc = [[_mm512_setzero_ps(); 2]; 8];
+unsafe fn scores_tile(
+    keys: *const f32,
+    key_stride: usize,
+    queries: *const f32,
+    depth: usize,
+    acc: &mut [[__m512; 2]; 8],
+) {
     tile_loop!(
         acc,
         [
@@ -116,7 +121,6 @@ unsafe fn scores_tile(keys: *const f32, key_stride: usize, queries: *const f32, 
         ld = in(reg) key_stride * 4,
         ld3 = in(reg) key_stride * 12,
     );
-    acc
 }
 
 #[inline]
@@ -299,7 +303,9 @@ impl Simd for Avx512 {
         if vectors == 1 {
             return tile::scores::<Self, 8, 1>(keys, key_stride, queries, depth, scores, row_max);
         }
-        for (r, row) in scores_tile(keys, key_stride, queries, depth).iter().enumerate() {
+        let mut acc = [[_mm512_setzero_ps(); 2]; 8];
+        scores_tile(keys, key_stride, queries, depth, &mut acc);
+        for (r, row) in acc.iter().enumerate() {
             for (n, &score) in row.iter().enumerate() {
                 _mm512_store_ps(scores.add((r * 2 + n) * 16), score);
                 row_max[n] = _mm512_max_ps(score, row_max[n]);
@@ -328,6 +334,35 @@ impl Simd for Avx512 {
             }
         }
         values_tile(values, probabilities, keys, &mut acc);
+        for (r, row) in acc.iter().enumerate() {
+            for (n, &o) in row.iter().enumerate() {
+                _mm512_store_ps(out.add((r * 2 + n) * 16), o);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn accumulate(
+        vectors: usize,
+        weights: *const f32,
+        weights_stride: usize,
+        rows: *const f32,
+        panels: usize,
+        out: *mut f32,
+    ) {
+        if vectors == 1 {
+            return tile::accumulate::<Self, 8, 1>(weights, weights_stride, rows, panels, out);
+        }
+        let mut acc = [[_mm512_setzero_ps(); 2]; 8];
+        for (r, row) in acc.iter_mut().enumerate() {
+            for (n, acc) in row.iter_mut().enumerate() {
+                *acc = _mm512_load_ps(out.add((r * 2 + n) * 16));
+            }
+        }
+        for panel in 0..panels {
+            let (weights, rows) = (weights.add(panel * weights_stride), rows.add(panel * Self::PANEL * Self::PANEL));
+            scores_tile(weights, Self::PANEL, rows, Self::PANEL, &mut acc);
+        }
         for (r, row) in acc.iter().enumerate() {
             for (n, &o) in row.iter().enumerate() {
                 _mm512_store_ps(out.add((r * 2 + n) * 16), o);

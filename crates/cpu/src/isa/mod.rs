@@ -176,4 +176,15 @@ pub(crate) trait Simd: Copy + 'static {
         out: *mut f32,
         rescale: Option<&Self::Row>,
     );
+    /// `out[TILE][PANEL] += sum of weights[TILE][PANEL] x rows[PANEL][PANEL]` over `panels`: the weights of a panel lie
+    /// `weights_stride` values behind those of the one before, its rows right behind them. Only the first `vectors`
+    /// vectors of a row are computed.
+    unsafe fn accumulate(
+        vectors: usize,
+        weights: *const f32,
+        weights_stride: usize,
+        rows: *const f32,
+        panels: usize,
+        out: *mut f32,
+    );
 }

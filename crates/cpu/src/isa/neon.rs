@@ -93,8 +93,13 @@ macro_rules! tile_loop {
 }
 
 #[inline]
-unsafe fn scores_tile(keys: *const f32, key_stride: usize, queries: *const f32, depth: usize) -> [[float32x4_t; 3]; 8] {
-    let mut acc = [[vdupq_n_f32(0.0); 3]; 8];
+unsafe fn scores_tile(
+    keys: *const f32,
+    key_stride: usize,
+    queries: *const f32,
+    depth: usize,
+    acc: &mut [[float32x4_t; 3]; 8],
+) {
     tile_loop!(
         acc,
         [
@@ -117,7 +122,6 @@ unsafe fn scores_tile(keys: *const f32, key_stride: usize, queries: *const f32, 
         ld2 = in(reg) key_stride * 8,
         ld3 = in(reg) key_stride * 12,
     );
-    acc
 }
 
 #[inline]
@@ -279,7 +283,9 @@ impl Simd for Neon {
             2 => return tile::scores::<Self, 8, 2>(keys, key_stride, queries, depth, scores, row_max),
             _ => {}
         }
-        for (r, row) in scores_tile(keys, key_stride, queries, depth).iter().enumerate() {
+        let mut acc = [[vdupq_n_f32(0.0); 3]; 8];
+        scores_tile(keys, key_stride, queries, depth, &mut acc);
+        for (r, row) in acc.iter().enumerate() {
             for (n, &score) in row.iter().enumerate() {
                 vst1q_f32(scores.add((r * 3 + n) * 4), score);
                 row_max[n] = vmaxq_f32(score, row_max[n]);
@@ -310,6 +316,37 @@ impl Simd for Neon {
             }
         }
         values_tile(values, probabilities, keys, &mut acc);
+        for (r, row) in acc.iter().enumerate() {
+            for (n, &o) in row.iter().enumerate() {
+                vst1q_f32(out.add((r * 3 + n) * 4), o);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn accumulate(
+        vectors: usize,
+        weights: *const f32,
+        weights_stride: usize,
+        rows: *const f32,
+        panels: usize,
+        out: *mut f32,
+    ) {
+        match vectors {
+            1 => return tile::accumulate::<Self, 8, 1>(weights, weights_stride, rows, panels, out),
+            2 => return tile::accumulate::<Self, 8, 2>(weights, weights_stride, rows, panels, out),
+            _ => {}
+        }
+        let mut acc = [[vdupq_n_f32(0.0); 3]; 8];
+        for (r, row) in acc.iter_mut().enumerate() {
+            for (n, acc) in row.iter_mut().enumerate() {
+                *acc = vld1q_f32(out.add((r * 3 + n) * 4));
+            }
+        }
+        for panel in 0..panels {
+            let (weights, rows) = (weights.add(panel * weights_stride), rows.add(panel * Self::PANEL * Self::PANEL));
+            scores_tile(weights, Self::PANEL, rows, Self::PANEL, &mut acc);
+        }
         for (r, row) in acc.iter().enumerate() {
             for (n, &o) in row.iter().enumerate() {
                 vst1q_f32(out.add((r * 3 + n) * 4), o);

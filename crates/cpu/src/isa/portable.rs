@@ -162,4 +162,17 @@ impl Simd for Portable {
         debug_assert_eq!(vectors, 1);
         tile::values::<Self, 4, 1>(values, probabilities, keys, out, rescale);
     }
+
+    #[inline(always)]
+    unsafe fn accumulate(
+        vectors: usize,
+        weights: *const f32,
+        weights_stride: usize,
+        rows: *const f32,
+        panels: usize,
+        out: *mut f32,
+    ) {
+        debug_assert_eq!(vectors, 1);
+        tile::accumulate::<Self, 4, 1>(weights, weights_stride, rows, panels, out);
+    }
 }

@@ -71,3 +71,29 @@ pub(super) unsafe fn values<S: Simd, const ROWS: usize, const VECTORS: usize>(
         }
     }
 }
+
+/// [`Simd::accumulate`] with a tile of `ROWS` keys by `VECTORS` vectors of columns.
+#[inline(always)]
+pub(super) unsafe fn accumulate<S: Simd, const ROWS: usize, const VECTORS: usize>(
+    weights: *const f32,
+    weights_stride: usize,
+    rows: *const f32,
+    panels: usize,
+    out: *mut f32,
+) {
+    let mut acc = [[S::splat(0.0); VECTORS]; ROWS];
+    for (r, acc) in acc.iter_mut().enumerate() {
+        for (n, acc) in acc.iter_mut().enumerate() {
+            *acc = S::load(out.add(r * S::PANEL + n * S::LANES));
+        }
+    }
+    for panel in 0..panels {
+        let (weights, rows) = (weights.add(panel * weights_stride), rows.add(panel * S::PANEL * S::PANEL));
+        outer_products::<S, ROWS, VECTORS>(weights, S::PANEL, 1, rows, S::PANEL, &mut acc);
+    }
+    for (r, acc) in acc.iter().enumerate() {
+        for (n, &o) in acc.iter().enumerate() {
+            S::store(out.add(r * S::PANEL + n * S::LANES), o);
+        }
+    }
+}

@@ -8,10 +8,11 @@ and backward passes as single steps, their `_wrapped_` names, small helpers, and
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from metal_flash_attn import (
     flash_attn_func,
@@ -22,6 +23,7 @@ from metal_flash_attn import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
+from metal_flash_attn._native import backward_into
 
 from ._version_1 import (
     flash_attn_unpadded_func,
@@ -202,12 +204,41 @@ def _flash_attn_backward(
     deterministic: bool,
     rng_state: Tensor | None = None,
 ) -> Tensor:
-    """Gradients of `_flash_attn_forward`, not available yet.
+    """Gradients of `_flash_attn_forward`.
+
+    out and softmax_lse may be those of more keys than k has: then the gradients are what these
+    keys contribute, which is how sequence-parallel attention adds them up.
+
+    Args:
+        dout: gradient of out, `[batch, query_len, heads, head_dim]`.
+        q, k, v: see `flash_attn_func`.
+        out, softmax_lse: what `_flash_attn_forward` returned.
+        dq, dk, dv: receive the gradients: shapes and dtypes of q, k and v, any strides whose last
+            one is 1. None for one that is not wanted.
+        dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
+            alibi_slopes: as in `_flash_attn_forward`.
+        deterministic: accepted; gradients are always reproducible.
+        rng_state: accepted; there is no dropout.
+
+    Returns:
+        `sum(dout * out)` of each row, fp32 `[batch, heads, query_len rounded up to 128]`, 0 behind
+        the last.
 
     Raises:
-        NotImplementedError: always.
+        NotImplementedError: `dropout_p` is not 0.
+        ValueError, TypeError: a tensor does not fit the others.
     """
-    _no_backward("_flash_attn_backward")
+    _refuse_dropout(dropout_p)
+    # fmt: off
+    _backward_into(
+        (dq, dk, dv), dout, out, softmax_lse, q, k, v, None, None, 0, 0, softmax_scale, causal,
+        window_size_left, window_size_right, softcap, alibi_slopes,
+    )
+    # fmt: on
+    query_len = q.shape[1]
+    return torch.nn.functional.pad(
+        _row_sums(dout, out), (0, round_multiple(query_len, 128) - query_len)
+    )
 
 
 def _flash_attn_varlen_backward(
@@ -235,12 +266,39 @@ def _flash_attn_varlen_backward(
     rng_state: Tensor | None = None,
     zero_tensors: bool = False,
 ) -> Tensor:
-    """Gradients of `_flash_attn_varlen_forward`, not available yet.
+    """Gradients of `_flash_attn_varlen_forward`; see `_flash_attn_backward`.
+
+    Args:
+        dout: gradient of out, `[tokens, heads, head_dim]`.
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: see
+            `flash_attn_varlen_func`.
+        out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
+            window_size_right, softcap, alibi_slopes, deterministic, rng_state: see
+            `_flash_attn_backward`. Rows of no sequence get gradients of 0.
+        zero_tensors: accepted.
+
+    Returns:
+        `sum(dout * out)` of each row, fp32 `[heads, tokens + 128 * batch]`: the rows of sequence b
+        begin at `cu_seqlens_q[b] + 128 * b`; 0 elsewhere.
 
     Raises:
-        NotImplementedError: always.
+        What `_flash_attn_backward` raises.
     """
-    _no_backward("_flash_attn_varlen_backward")
+    _refuse_dropout(dropout_p)
+    # fmt: off
+    _backward_into(
+        (dq, dk, dv), dout, out, softmax_lse, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        max_seqlen_k, softmax_scale, causal, window_size_left, window_size_right, softcap,
+        alibi_slopes,
+    )
+    # fmt: on
+    tokens, batch = q.shape[0], cu_seqlens_q.shape[0] - 1
+    token = torch.arange(tokens, device=q.device)
+    begun = torch.searchsorted(cu_seqlens_q.long(), token, right=True).clamp(1, max(batch, 1))
+    softmax_d = q.new_zeros((q.shape[1], tokens + 128 * batch), dtype=torch.float32)
+    if batch > 0:
+        softmax_d[:, token + 128 * (begun - 1)] = _row_sums(dout, out)
+    return softmax_d
 
 
 # flash_attn registers these as torch operators; here the public functions compile by themselves.
@@ -259,8 +317,31 @@ def _no_random_state(q: Tensor) -> Tensor:
     return torch.zeros(2, dtype=torch.int64, device=q.device)
 
 
-def _no_backward(name: str) -> NoReturn:
-    raise NotImplementedError(
-        f"{name}: mtlflashattn has no backward pass; for training use "
-        "torch.nn.functional.scaled_dot_product_attention"
-    )
+def _refuse_dropout(dropout_p: float) -> None:
+    if _effective(dropout_p) != 0:
+        raise NotImplementedError(
+            f"dropout_p: dropout with probability {dropout_p} is not supported; pass 0.0"
+        )
+
+
+def _backward_into(
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    dout: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    *arguments: Any,
+) -> None:
+    """Writes the gradients that are given; `arguments` are the operator's up to the slopes."""
+    call = (dout, None, out, softmax_lse, *arguments, None, None, False)
+    if not is_dynamo_compiling():
+        return backward_into(*gradients, None, None, *call)
+    wanted = [gradient is not None for gradient in gradients]
+    results = torch.ops.mtlflashattn.backward(*call, [*wanted, False, False])
+    for gradient, result in zip(gradients, results[:3], strict=True):
+        if gradient is not None:
+            gradient.copy_(result)
+    return None
+
+
+def _row_sums(dout: Tensor, out: Tensor) -> Tensor:
+    return (dout.float() * out.float()).sum(-1).transpose(-1, -2)

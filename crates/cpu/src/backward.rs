@@ -1,0 +1,239 @@
+//! Gradients: probabilities are computed anew from the LSE of the forward pass, as in FlashAttention-2.
+//!
+//! A task holds the rows of one key head, or a split of them, block by block, while all keys that they see stream past:
+//! the gradient of q is finished with the block, and those of k and v gather in sums of the split. Splits are added up
+//! in their order when all tasks are done. So every product is computed once, nobody writes what another one writes,
+//! and no bit depends on the number of threads.
+
+mod block;
+mod reduce;
+mod schedule;
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use half::{bf16, f16};
+use mtlflashattn_core::{CpuBackwardTile, Dtype, Problem, Strides};
+
+use crate::call::Call;
+use crate::interrupt::{Stop, Ticker};
+use crate::isa::{Isa, portable::Portable};
+use crate::run::{MIN_PARALLEL_FLOPS, with_scratch};
+use crate::{Error, Inputs, Outputs, pool};
+use block::{Part, Scratch};
+use schedule::{Schedule, Span};
+
+/// Gradients of the results of a forward pass.
+#[derive(Clone, Copy, Debug)]
+pub struct OutputGradients {
+    /// First element of the gradient of the output.
+    pub out: *const u8,
+    /// Its strides.
+    pub out_strides: Strides,
+    /// First element of the gradient of the LSE, laid out like the LSE; null when there is none.
+    pub lse: *const f32,
+}
+
+/// Where a gradient goes.
+#[derive(Clone, Copy, Debug)]
+pub struct Gradient {
+    /// First element; null when it is not wanted.
+    pub data: *mut u8,
+    /// Strides; the last one is 1.
+    pub strides: Strides,
+}
+
+/// Where the gradients go, in the dtype of the inputs. Every row is written; rows of no sequence get 0.
+#[derive(Clone, Copy, Debug)]
+pub struct InputGradients {
+    /// Of q.
+    pub q: Gradient,
+    /// Of k.
+    pub k: Gradient,
+    /// Of v.
+    pub v: Gradient,
+    /// First element of the contiguous float32 gradient of the sinks; null when it is not wanted.
+    pub sinks: *mut f32,
+}
+
+/// One call for gradients as the kernels see it; the outputs of `call` are read.
+struct Backward<'a> {
+    call: Call<'a>,
+    given: &'a OutputGradients,
+    wanted: &'a InputGradients,
+}
+
+// SAFETY: inputs are only read, and parts and spans write disjoint rows of the gradients.
+unsafe impl Sync for Backward<'_> {}
+
+#[derive(Clone, Copy)]
+struct Kernels {
+    part: unsafe fn(&Backward<'_>, &Part, Scratch, *mut f32, &mut Ticker<'_>),
+    scratch: fn(&Backward<'_>) -> Scratch,
+    sums: fn(&Problem) -> schedule::Columns,
+    reduce: unsafe fn(&Backward<'_>, &Span, &[*const f32]),
+}
+
+/// Instantiates the generic code inside functions that enable an instruction set.
+macro_rules! kernels {
+    ($isa:ty, $element:ty $(, $features:literal)?) => {{
+        $(#[target_feature(enable = $features)])?
+        unsafe fn run_part(c: &Backward<'_>, p: &Part, s: Scratch, b: *mut f32, k: &mut Ticker<'_>) {
+            block::run::<$isa, $element>(c, p, s, b, k);
+        }
+        $(#[target_feature(enable = $features)])?
+        unsafe fn run_reduce(c: &Backward<'_>, span: &Span, splits: &[*const f32]) {
+            reduce::run::<$isa, $element>(c, span, splits);
+        }
+        Kernels {
+            part: run_part,
+            scratch: Scratch::new::<$isa>,
+            sums: schedule::Columns::of::<$isa>,
+            reduce: run_reduce,
+        }
+    }};
+}
+
+macro_rules! kernels_of {
+    ($isa:ty, $dtype:expr $(, $features:literal)?) => {
+        match $dtype {
+            Dtype::F32 => kernels!($isa, f32 $(, $features)?),
+            Dtype::F16 => kernels!($isa, f16 $(, $features)?),
+            Dtype::Bf16 => kernels!($isa, bf16 $(, $features)?),
+        }
+    };
+}
+
+fn kernels(isa: Isa, dtype: Dtype) -> Kernels {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => kernels_of!(crate::isa::avx2::Avx2, dtype, "avx2,fma,f16c"),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => {
+            kernels_of!(crate::isa::avx512::Avx512, dtype, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+        }
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => kernels_of!(crate::isa::neon::Neon, dtype, "neon"),
+        _ => kernels_of!(Portable, dtype),
+    }
+}
+
+/// Computes the gradients of a call from its inputs, its results and their gradients.
+///
+/// Rows whose LSE is infinite have no gradient. The LSE may be that of more keys than there are in k: then the gradients
+/// are what these keys contribute. `interrupted` is asked on the calling thread about every 50 ms; when it returns true
+/// the call ends early.
+///
+/// # Errors
+/// [`Error::Interrupted`] and [`Error::OutOfMemory`]; the gradients are incomplete in both cases.
+///
+/// # Safety
+/// All pointers must be valid for the shapes and strides of `problem` (writes for gradients, reads for all else), the
+/// gradients must overlap nothing else, and the offsets must have been checked.
+///
+/// # Panics
+/// If this machine cannot run `isa`.
+#[allow(clippy::too_many_arguments, reason = "what a forward call has, and as much again")]
+pub unsafe fn backward(
+    problem: &Problem,
+    tile: &CpuBackwardTile,
+    isa: Isa,
+    threads: usize,
+    inputs: &Inputs<'_>,
+    outputs: &Outputs,
+    given: &OutputGradients,
+    wanted: &InputGradients,
+    interrupted: &mut dyn FnMut() -> bool,
+) -> Result<(), Error> {
+    assert!(isa.is_available(), "this machine cannot run {}", isa.name());
+    let backward = Backward { call: Call::new(problem, &tile.block, inputs, outputs), given, wanted };
+    let kernels = kernels(isa, problem.dtype);
+    let columns = (kernels.sums)(problem).only(!wanted.k.data.is_null(), !wanted.v.data.is_null());
+    let schedule = Schedule::new(&backward.call, tile.split_rows, columns)?;
+    // SAFETY: the caller's contract.
+    unsafe { reduce::clear_uncovered(&backward, &schedule) };
+    let workers = if problem.flops() >= MIN_PARALLEL_FLOPS { threads.saturating_sub(1) } else { 0 };
+    let run = Run {
+        backward: &backward,
+        schedule: &schedule,
+        kernels,
+        next: AtomicUsize::new(0),
+        stop: Stop::default(),
+        failure: Mutex::new(None),
+    };
+    run.all(workers, interrupted)
+}
+
+struct Run<'a> {
+    backward: &'a Backward<'a>,
+    schedule: &'a Schedule,
+    kernels: Kernels,
+    next: AtomicUsize,
+    stop: Stop,
+    failure: Mutex<Option<Error>>,
+}
+
+// SAFETY: the sums of a part are written by one task, and read after all tasks.
+unsafe impl Sync for Run<'_> {}
+
+impl Run<'_> {
+    fn all(&self, workers: usize, interrupted: &mut dyn FnMut() -> bool) -> Result<(), Error> {
+        let mut answered = false;
+        {
+            let mut ask = || {
+                answered |= interrupted();
+                answered
+            };
+            let mut ticker = Ticker::caller(&self.stop, &mut ask);
+            let helpers = workers.min(self.schedule.parts().saturating_sub(1));
+            pool::run(helpers, &|| self.parts(&mut Ticker::worker(&self.stop)), || self.parts(&mut ticker));
+        }
+        if let Some(error) = self.failure.lock().ok().and_then(|mut failure| failure.take()) {
+            return Err(error);
+        }
+        if answered {
+            return Err(Error::Interrupted);
+        }
+        self.next.store(0, Ordering::Relaxed);
+        let helpers = workers.min(self.schedule.spans().saturating_sub(1));
+        pool::run(helpers, &|| self.spans(), || self.spans());
+        // SAFETY: all parts have finished.
+        unsafe { reduce::sinks(self.backward, self.schedule) };
+        Ok(())
+    }
+
+    /// Takes parts until there are none.
+    fn parts(&self, ticker: &mut Ticker<'_>) {
+        let scratch = (self.kernels.scratch)(self.backward);
+        let done = with_scratch(scratch.len(), |block| {
+            loop {
+                let index = self.next.fetch_add(1, Ordering::Relaxed);
+                if index >= self.schedule.parts() || ticker.should_stop() {
+                    return;
+                }
+                let part = self.schedule.part(&self.backward.call, index);
+                // SAFETY: `backward`'s contract; the scratch block has the size that the layout asks for.
+                unsafe { (self.kernels.part)(self.backward, &part, scratch, block, ticker) }
+            }
+        });
+        if let Err(error) = done {
+            self.stop.set();
+            if let Ok(mut failure) = self.failure.lock() {
+                *failure = Some(error);
+            }
+        }
+    }
+
+    /// Adds splits up until there are none.
+    fn spans(&self) {
+        loop {
+            let index = self.next.fetch_add(1, Ordering::Relaxed);
+            if index >= self.schedule.spans() {
+                return;
+            }
+            let (span, splits) = self.schedule.span(&self.backward.call, index);
+            // SAFETY: all parts have finished, so that their sums are complete.
+            unsafe { (self.kernels.reduce)(self.backward, &span, &splits) }
+        }
+    }
+}
