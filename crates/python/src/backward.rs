@@ -2,7 +2,7 @@
 
 use std::ptr;
 
-use mtlflashattn_core::{self as core, Demotions, Device, Dtype, Planner, Problem, Strides, Tier};
+use mtlflashattn_core::{self as core, Device, Dtype, Planner, Problem, Strides, Tier};
 use mtlflashattn_cpu::{self as cpu, Gradient, InputGradients, Inputs, OutputGradients, Outputs};
 use pyo3::exceptions::PyTypeError;
 use pyo3::intern;
@@ -209,7 +209,7 @@ fn execute(py: Python<'_>, torch: &Torch, call: &Call<'_>, described: &Described
         (None, Place::Cpu) => cpu_device(settings.isa()?, torch.num_threads(py)?),
         (None, _) => Device::Torch,
     };
-    let planner = Planner { device, settings: &settings.values, demotions: Demotions::NONE };
+    let planner = Planner::new(device, &settings.values);
     let plan = planner.plan_backward(problem, call.gradients[3].is_some());
     match (plan.tier, &plan.cpu) {
         (Tier::Cpu, Some(tile)) => {

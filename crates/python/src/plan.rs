@@ -96,7 +96,7 @@ pub fn plan<'py>(
                 Some(bias) => bias.getattr(intern!(py, "requires_grad"))?.is_truthy()?,
                 None => false,
             };
-            let planner = Planner { device, settings: &settings.values, demotions: Demotions::NONE };
+            let planner = Planner::new(device, &settings.values);
             let core::BackwardPlan { tier, passed_over, .. } = planner.plan_backward(&problem, bias_gradient);
             return Ok(Plan::new(tier, (tier == Tier::Cpu).then(|| isa.name()), &passed_over));
         }
