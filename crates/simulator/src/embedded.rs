@@ -48,6 +48,7 @@ pub const FILES: &[File] = files![
     "include/nvptx/metal_stdlib",
     "include/nvptx/simd.h",
     "include/nvptx/simdgroup_matrix.h",
+    "include/nvptx/split.h",
     "include/nvptx/tensor_ops",
     "include/nvptx/threadgroup_array.h",
     "runtime/checker.cc",

@@ -99,7 +99,16 @@ fn front_end(toolchain: &Path, source: &str, float_products: FloatProducts) -> V
 
 fn back_end() -> Vec<OsString> {
     let mut all: Vec<OsString> = TARGET.map(OsString::from).to_vec();
-    all.extend([PTX_VERSION, "-O3", "-ffp-contract=fast", "-S", "-o", "-", "-x", "ir", "-"].map(OsString::from));
+    all.extend([PTX_VERSION, "-O3", "-ffp-contract=fast"].map(OsString::from));
+    for option in [
+        // What a parameter is a reference to may be read before a loop, also once its function is inlined.
+        "-enable-knowledge-retention",
+        // It would take wide loads apart.
+        "-disable-vector-combine",
+    ] {
+        all.extend(["-mllvm", option].map(OsString::from));
+    }
+    all.extend(["-S", "-o", "-", "-x", "ir", "-"].map(OsString::from));
     all
 }
 

@@ -95,7 +95,9 @@ fn split_floats_take_two_instructions_and_keep_the_rest() {
     let kernel = simdgroup(Dtype::F32, TILE);
     let [rounded, split] = [FloatProducts::Rounded, FloatProducts::Split].map(|products| ptx(&kernel, products));
     assert_eq!(count(&split, "mma.sync"), 2 * count(&rounded, "mma.sync"));
-    assert!(count(&split, "cvt.rna.tf32") > count(&rounded, "cvt.rna.tf32"));
+    assert!(rounded.contains("cvt.rna.tf32") && !split.contains("cvt.rna.tf32"));
+    // The high part has 13 bits less.
+    assert!(split.contains(", -8192;") && !rounded.contains(", -8192;"));
     check_registers(&kernel, &split);
 }
 

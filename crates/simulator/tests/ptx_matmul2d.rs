@@ -245,7 +245,7 @@ impl Case {
     /// last place, and the products by what the operands lose as tf32 numbers.
     fn error(&self, sizes: f64, k: usize) -> f64 {
         let floats = self.types[..2].iter().filter(|&&scalar| scalar == Float).count() as f64;
-        let lost = if self.relaxed { 2f64.powi(-11) } else { 2f64.powi(-23) };
+        let lost = if self.relaxed { 2f64.powi(-10) } else { 2f64.powi(-23) };
         // Split floats take four products for one.
         sizes * ((4 * k + 1) as f64 * 2f64.powi(-24) + 1.01 * lost * floats)
     }

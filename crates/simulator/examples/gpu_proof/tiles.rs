@@ -1,6 +1,6 @@
 //! Which tiles of our kernels are run.
 
-use mtlflashattn_core::plan::{MetalTile, QueryHome};
+use mtlflashattn_core::plan::{Matmul, MetalTile, Operands, QueryHome, Weights};
 use mtlflashattn_core::{Dtype, Problem, Tier};
 use mtlflashattn_metal::Kernel;
 
@@ -21,15 +21,57 @@ pub const fn parked(tile: MetalTile) -> MetalTile {
 
 /// The tier and the tile.
 pub fn name(kernel: &Kernel) -> String {
-    let Kernel { tier, tile, .. } = kernel;
-    let aligned = if kernel.features.aligned { ", aligned" } else { "" };
-    if *tier == Tier::Scalar { tier.to_string() } else { format!("{tier}: {tile}{aligned}") }
+    let Kernel { tier, tile, matmul, .. } = kernel;
+    match matmul {
+        _ if *tier == Tier::Scalar => tier.to_string(),
+        Some(matmul) => format!("{tier}: {tile}; {matmul}"),
+        None if kernel.features.aligned => format!("{tier}: {tile}, aligned"),
+        None => format!("{tier}: {tile}"),
+    }
 }
 
 /// The simdgroup kernel for tensors of which each is an allocation of its own.
 fn simdgroup(problem: &Problem, tile: MetalTile) -> Kernel {
     Kernel::simdgroup(problem, tile, false).aligned(problem, [0; 3])
 }
+
+/// A tensorops kernel: the tile and the products of the planner, changed.
+fn tensorops(problem: &Problem, lse: bool, change: impl FnOnce(&mut MetalTile, &mut Matmul)) -> Kernel {
+    let passes = problem.value_dim.div_ceil(128);
+    let value_chunk = problem.value_dim.div_ceil(passes).next_multiple_of(16);
+    let mut tile = parked(direct(4, 2, 32, value_chunk));
+    let mut matmul = Matmul {
+        head_step: problem.head_dim.next_multiple_of(16),
+        value_step: value_chunk,
+        operands: Operands::Memory,
+        weights: Weights::Registers,
+        relaxed: problem.dtype != Dtype::F32,
+        keep_step: true,
+    };
+    change(&mut tile, &mut matmul);
+    Kernel::tensorops(problem, tile, matmul, lse)
+}
+
+/// The changes that were worth a try.
+const TENSOROPS_CHANGES: [fn(&mut MetalTile, &mut Matmul); 14] = [
+    |_, _| {},
+    |_, matmul| matmul.keep_step = false,
+    |tile, _| tile.query = QueryHome::Registers,
+    |tile, matmul| (tile.query, matmul.keep_step) = (QueryHome::Registers, false),
+    |tile, matmul| (tile.query, matmul.head_step, matmul.value_step) = (QueryHome::Registers, 16, 32),
+    |tile, _| tile.keys = 16,
+    |tile, _| tile.keys = 64,
+    |tile, _| (tile.query, tile.keys) = (QueryHome::Registers, 64),
+    |tile, _| tile.simdgroups = 2,
+    |tile, _| tile.simdgroups = 8,
+    |tile, matmul| {
+        (tile.query, matmul.operands) = (QueryHome::Registers, Operands::Registers);
+        (matmul.head_step, matmul.value_step) = (16, 32);
+    },
+    |tile, matmul| (tile.staged, matmul.keep_step) = (true, false),
+    |tile, matmul| (tile.staged, tile.query, matmul.keep_step) = (true, QueryHome::Registers, false),
+    |tile, matmul| (tile.staged, matmul.keep_step, matmul.weights) = (true, false, Weights::Threadgroup),
+];
 
 /// The kernels of the timing tables: the tiles that won on some shape when all of them were timed.
 pub fn best(problem: &Problem) -> Vec<Kernel> {
@@ -43,6 +85,7 @@ pub fn best(problem: &Problem) -> Vec<Kernel> {
     ];
     let mut kernels = vec![Kernel::scalar(problem, false)];
     kernels.extend(tiles.map(|tile| simdgroup(problem, tile)));
+    kernels.extend([0, 1, 2, 3, 7, 11].map(|change: usize| tensorops(problem, false, TENSOROPS_CHANGES[change])));
     kernels.retain(Kernel::fits);
     kernels
 }
@@ -63,7 +106,8 @@ pub fn all(problem: &Problem) -> Vec<Kernel> {
     tiles.extend([1, 2, 8].map(|simdgroups| staged(simdgroups, 1, 32, dim)));
     tiles.push(staged(8, 2, 32, dim));
     tiles.extend([direct(4, 1, 16, dim), staged(4, 1, 32, dim), staged(4, 2, 32, dim)].map(parked));
-    tiles.into_iter().map(|tile| simdgroup(problem, tile)).filter(Kernel::fits).collect()
+    let tensorops = TENSOROPS_CHANGES.map(|change| tensorops(problem, false, change));
+    tiles.into_iter().map(|tile| simdgroup(problem, tile)).chain(tensorops).filter(Kernel::fits).collect()
 }
 
 /// The kernels whose numbers are checked: every tier, direct and staged, Q in registers and in threadgroup memory.
@@ -80,5 +124,6 @@ pub fn proved(problem: &Problem, causal: bool) -> Vec<Kernel> {
         let kernel = Kernel::simdgroup(problem, tile, true);
         if causal { kernel } else { kernel.aligned(problem, [0; 3]) }
     };
-    tiles.into_iter().map(kernel).collect()
+    let tensorops = [0, 2, 10, 11, 13].map(|change: usize| tensorops(problem, true, TENSOROPS_CHANGES[change]));
+    tiles.into_iter().map(kernel).chain(tensorops.into_iter().filter(Kernel::fits)).collect()
 }

@@ -56,10 +56,10 @@ MSL_UNARY_WITH_FAST_FORM
   MSL_BINARY(atan2, __builtin_atan2f(x, y))                                                                            \
   MSL_BINARY(divide, x / y)                                                                                            \
   MSL_BINARY(copysign, __builtin_copysignf(x, y))                                                                      \
-  MSL_BINARY(fmax, x != x ? y : x < y ? y : x)                                                                         \
-  MSL_BINARY(fmin, x != x ? y : y < x ? y : x)                                                                         \
-  MSL_BINARY(max, x != x ? y : x < y ? y : x)                                                                          \
-  MSL_BINARY(min, x != x ? y : y < x ? y : x)
+  MSL_BINARY(fmax, __builtin_fmaxf(x, y))                                                                              \
+  MSL_BINARY(fmin, __builtin_fminf(x, y))                                                                              \
+  MSL_BINARY(max, __builtin_fmaxf(x, y))                                                                               \
+  MSL_BINARY(min, __builtin_fminf(x, y))
 MSL_BINARY_WITH_FAST_FORM
 
 // fma rounds once: the product of two halves is exact in float, the sum is rounded in double first.

@@ -77,7 +77,8 @@ constexpr constant msl_unit msl_unit_of = is_same_v<L, half> && is_same_v<R, hal
                                           : is_same_v<L, bfloat> && is_same_v<R, bfloat> ? msl_unit::bfloats
                                                                                          : msl_unit::tf32;
 
-// Two neighbours along the contraction as a unit takes them. Split: a float is the sum of two tf32 numbers.
+// Two neighbours along the contraction as a unit takes them. Split: a float is the sum of two tf32 numbers; otherwise the
+// unit ignores the bits that tf32 has not, and 16-bit numbers are tf32 numbers.
 template <msl_unit Unit, bool Split> struct msl_pair { uint bits; };
 template <bool Split> struct msl_pair<msl_unit::tf32, Split> {
   uint high[2];
@@ -90,9 +91,8 @@ template <msl_unit Unit, bool Split, class T> MSL_INLINE msl_pair<Unit, Split> m
   } else {
     const float values[] = {(float)first, (float)second};
     for (int e = 0; e < 2; ++e) {
-      // 16-bit numbers are tf32 numbers.
-      pair.high[e] = sizeof(T) == 4 ? msl_tf32(values[e]) : __builtin_bit_cast(uint, values[e]);
-      if constexpr (Split) pair.low[e] = msl_tf32(values[e] - __builtin_bit_cast(float, pair.high[e]));
+      if constexpr (Split) msl_split(values[e], pair.high[e], pair.low[e]);
+      else pair.high[e] = __builtin_bit_cast(uint, values[e]);
     }
   }
   return pair;

@@ -4,7 +4,8 @@
 // there and its rows are aligned, else one element at a time, with zeros for those past the extents. A scope of several
 // simdgroups shares out the rows of the result, then its columns. A result in memory is overwritten by mode multiply.
 //
-// Float operands as in simdgroup_matrix.h, all four products of their halves; relaxed_precision rounds them to tf32.
+// Float operands are split as in simdgroup_matrix.h; relaxed_precision cuts them off to tf32. Half and bfloat operands are
+// exact beside them.
 #pragma once
 
 namespace mpp {

@@ -5,7 +5,7 @@
 // but for float operands, whose low parts go there.
 //
 // Float operands, MSL_FLOAT_PRODUCTS:
-//   2  x = high + low, both tf32 and rounded to nearest, which leaves at most 2^-23 |x|: all four products are summed
+//   2  x = high + low, both tf32, which leaves at most 2^-23 |x|: all four products are summed
 //   1  x is rounded to tf32: one instruction, as on GPUs whose matrix units take float and half at one rate
 // Half and bfloat are exact in either.
 #pragma once
@@ -76,8 +76,6 @@ MSL_FOR_READABLE(MSL_LOAD)
   }
 MSL_FOR_MEMORY(MSL_STORE)
 
-MSL_INLINE float msl_rest(float x, uint high) { return x - __builtin_bit_cast(float, high); }
-
 // Row 2 t and 2 t + 1 of b in column g of a lane, from row g and columns 2 t and 2 t + 1.
 template <class T> MSL_INLINE void msl_turn(vec<T, 2> b, thread float (&turned)[2]) {
   if constexpr (sizeof(T) == 2) {
@@ -101,20 +99,17 @@ template <class A, class B> MSL_INLINE void msl_multiply(thread float (&c)[4], v
     // Lane t of four has columns t and t + 4 of a, and those rows of b: they stand for 2 t and 2 t + 1, in both alike.
     float turned[2];
     msl_turn<B>(b, turned);
-    const uint upper[2] = {msl_tf32((float)a[0]), msl_tf32((float)a[1])};
-    const uint right[2] = {msl_tf32(turned[0]), msl_tf32(turned[1])};
-    uint lower[2] = {0, 0};
     constexpr bool split_a = MSL_FLOAT_PRODUCTS == 2 && is_same_v<A, float>;
     constexpr bool split_b = MSL_FLOAT_PRODUCTS == 2 && is_same_v<B, float>;
-    if constexpr (split_a) {
-      lower[0] = msl_tf32(msl_rest((float)a[0], upper[0]));
-      lower[1] = msl_tf32(msl_rest((float)a[1], upper[1]));
+    uint upper[2], lower[2] = {0, 0}, right[2], rest[2];
+    for (int i = 0; i < 2; ++i) {
+      if constexpr (split_a) msl_split((float)a[i], upper[i], lower[i]);
+      else upper[i] = msl_tf32((float)a[i]);
+      if constexpr (split_b) msl_split(turned[i], right[i], rest[i]);
+      else right[i] = msl_tf32(turned[i]);
     }
-    if constexpr (split_b) {
-      // The small products first: the sum is then rounded at the size of the large ones once less.
-      const uint rest[2] = {msl_tf32(msl_rest(turned[0], right[0])), msl_tf32(msl_rest(turned[1], right[1]))};
-      msl_mma_tf32(c, upper, lower, rest);
-    }
+    // The small products first: the sum is then rounded at the size of the large ones once less.
+    if constexpr (split_b) msl_mma_tf32(c, upper, lower, rest);
     msl_mma_tf32(c, upper, lower, right);
     if constexpr (split_a) {
       c[0] += c[2];

@@ -83,6 +83,7 @@ pub fn headers(files: &[&str], float_products: u8) -> String {
     );
     text.push_str(&own(include_str!("../../include/nvptx/lane.h")));
     text.push_str(SHUFFLES);
+    text.push_str(&own(include_str!("../../include/nvptx/split.h")));
     text.extend(files.iter().map(|file| own(file)));
     text
 }
