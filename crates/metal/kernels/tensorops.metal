@@ -43,19 +43,18 @@ typedef float weight;
 typedef tensor<threadgroup scalar, dextents<int, 2>, tensor_inline> ThreadgroupTile;
 #if STAGED
 typedef ThreadgroupTile BlockTile;
-typedef threadgroup scalar* block_pointer;
 #else
+// matmul2d refuses elements that are const, even of operands that it only reads.
 typedef tensor<device scalar, dextents<int, 2>, tensor_inline> BlockTile;
-typedef device scalar* block_pointer;
 #endif
 
 // The rows of a simdgroup and what they attend to: the same in all its lanes.
 struct Task {
     constant Sizes* sizes;
     constant Factors* factors;
-    device scalar* queries;
-    device scalar* keys;
-    device scalar* values;   // from the first column of the chunk on
+    device const scalar* queries;
+    device const scalar* keys;
+    device const scalar* values;  // from the first column of the chunk on
     device scalar* results;
 #if LSE
     device uint* lse;        // of query 0, in the first chunk
@@ -297,7 +296,8 @@ struct Products {
             Keys keys(task.staged_keys + step * HEAD_COLUMNS, dextents<int, 2>(HEAD_COLUMNS, KEYS),
                       array<int, 2>{1, HEAD_PITCH});
 #else
-            Keys keys(task.keys + first * task.sizes->k.row + step * HEAD_COLUMNS,
+            device const scalar* corner = task.keys + first * task.sizes->k.row + step * HEAD_COLUMNS;
+            Keys keys(const_cast<device scalar*>(corner),
                       dextents<int, 2>(HEAD_COLUMNS, KEYS), array<int, 2>{1, int(task.sizes->k.row)});
 #endif
             product.run(query, keys, scores);
@@ -323,7 +323,8 @@ struct Products {
             Values values(task.staged_values + step * VALUE_COLUMNS, dextents<int, 2>(VALUE_COLUMNS, KEYS),
                           array<int, 2>{1, VALUE_PITCH});
 #else
-            Values values(task.values + first * task.sizes->v.row + step * VALUE_COLUMNS,
+            device const scalar* corner = task.values + first * task.sizes->v.row + step * VALUE_COLUMNS;
+            Values values(const_cast<device scalar*>(corner),
                           dextents<int, 2>(VALUE_COLUMNS, KEYS), array<int, 2>{1, int(task.sizes->v.row)});
 #endif
             product.run(weights, values, out);
@@ -414,7 +415,9 @@ struct Attention {
     template <typename... Out>
     static void multiply_values(int first, thread const Task& task, thread Scores& scores, thread Out&... out) {
 #if WEIGHTS_IN_THREADGROUP
+#if !STAGED
         simdgroup_barrier(mem_flags::mem_threadgroup);  // the weights of the block before have been read
+#endif
         UNROLL
         for (ushort i = 0; i < scores.get_capacity(); ++i) {
             if (scores.is_valid_element(i)) {
@@ -545,9 +548,9 @@ void attend(thread const Task& task, thread Query&... query) {
 
 [[max_total_threads_per_threadgroup(32 * SIMDGROUPS)]]
 kernel void attention_tensorops(
-    device scalar* q [[buffer(0)]],
-    device scalar* k [[buffer(1)]],
-    device scalar* v [[buffer(2)]],
+    device const scalar* q [[buffer(0)]],
+    device const scalar* k [[buffer(1)]],
+    device const scalar* v [[buffer(2)]],
     device scalar* out [[buffer(3)]],
 #if LSE
     device uint* lse [[buffer(4)]],

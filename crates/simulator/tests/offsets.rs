@@ -11,7 +11,7 @@ use mtlflashattn_simulator::{Layer, Options};
 fn offsets_have_64_bits() {
     let far = Far::new();
     let bench = Bench::new(Options::new(Layer::Fast));
-    for form in [Form::Direct, Form::Staged, Form::Scalar] {
+    for form in [Form::Direct, Form::Staged, Form::Scalar, Form::Tensor, Form::TensorLoaded, Form::TensorStaged] {
         let kernel = far.kernel(form);
         far.judge(&bench, &kernel, &kernel.source()).unwrap_or_else(|error| panic!("{form:?}: {error}"));
     }

@@ -4,7 +4,7 @@ mod common;
 
 use common::bench::Bench;
 use common::{Case, Run};
-use mtlflashattn_core::plan::QueryHome;
+use mtlflashattn_core::plan::{Matmul, Operands, QueryHome, Weights};
 use mtlflashattn_core::{Dtype, MetalTile};
 use mtlflashattn_metal::Kernel;
 use mtlflashattn_simulator::{Layer, Options};
@@ -37,8 +37,23 @@ fn nan_rows(run: &Run, kernel: &Kernel) -> (Vec<usize>, Vec<usize>) {
     (rows(&got.out, run.problem.value_dim), rows(&got.lse, 1))
 }
 
-fn kernels(run: &Run) -> [Kernel; 2] {
-    [Kernel::scalar(&run.problem, true), Kernel::simdgroup(&run.problem, TILE, true)]
+const MATMUL: Matmul = Matmul {
+    head_step: 16,
+    value_step: 16,
+    operands: Operands::Memory,
+    weights: Weights::Registers,
+    relaxed: true,
+    keep_step: false,
+};
+
+/// The scalar kernel, the one of fragments with 8 rows, and `matmul2d` with 16.
+fn kernels(run: &Run) -> [Kernel; 3] {
+    let tile = MetalTile { row_fragments: 2, query: QueryHome::Threadgroup, ..TILE };
+    [
+        Kernel::scalar(&run.problem, true),
+        Kernel::simdgroup(&run.problem, TILE, true),
+        Kernel::tensorops(&run.problem, tile, MATMUL, true),
+    ]
 }
 
 #[test]
@@ -61,10 +76,11 @@ fn a_nan_in_k_reaches_the_rows_that_see_the_key() {
 #[test]
 fn a_nan_in_v_reaches_the_rows_that_see_the_key() {
     let run = planted(|run| &mut run.v, 19, f64::NAN);
-    let [scalar, simdgroup] = kernels(&run);
+    let [scalar, simdgroup, tensorops] = kernels(&run);
     assert_eq!(nan_rows(&run, &scalar), ((19..ROWS).collect(), vec![]));
     // Rows 16 to 18 share a fragment with rows that see the key, and 0 times NaN is NaN; docs/kernels.md says so.
     assert_eq!(nan_rows(&run, &simdgroup), ((16..ROWS).collect(), vec![]));
+    assert_eq!(nan_rows(&run, &tensorops), ((16..ROWS).collect(), vec![]));
 }
 
 #[test]

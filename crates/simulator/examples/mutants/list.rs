@@ -14,11 +14,11 @@ pub struct Mutant {
     pub equivalent: Option<&'static str>,
 }
 
-const fn bug(what: &'static str, variant: &'static str, from: &'static str, to: &'static str) -> Mutant {
+pub const fn bug(what: &'static str, variant: &'static str, from: &'static str, to: &'static str) -> Mutant {
     Mutant { what, variant, from, to, equivalent: None }
 }
 
-const fn none(
+pub const fn none(
     what: &'static str,
     variant: &'static str,
     from: &'static str,

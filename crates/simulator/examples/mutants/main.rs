@@ -7,6 +7,7 @@
 #[path = "../../tests/common/mod.rs"]
 mod common;
 mod list;
+mod tensorops;
 
 use std::collections::BTreeMap;
 use std::io::Read as _;
@@ -20,11 +21,12 @@ use common::bench::Bench;
 use common::far::{Far, Form};
 use common::variants::{self, Variant};
 use common::{Case, Run};
-use list::{FAR_DIRECT, FAR_SCALAR, FAR_STAGED, MUTANTS, Mutant};
+use list::{FAR_DIRECT, FAR_SCALAR, FAR_STAGED, Mutant};
 use mtlflashattn_metal::Kernel;
-use mtlflashattn_simulator::{Layer, Options};
+use mtlflashattn_simulator::{LaneLayout, Layer, Options, TensorOps};
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::TestRunner;
+use tensorops::{FAR_LOADED, FAR_TENSOR, FAR_TENSOR_STAGED};
 
 /// Problems that a mutant must survive in the fast and in the check layer, and their longest lengths.
 const FAST: (usize, usize) = (24, 100);
@@ -42,7 +44,14 @@ struct Catch {
 
 /// Tries the layers in order and prints each as it begins, so that a crash can be told from where it happened.
 fn examine(mutant: &Mutant) -> Option<String> {
-    let form = [(FAR_DIRECT, Form::Direct), (FAR_STAGED, Form::Staged), (FAR_SCALAR, Form::Scalar)];
+    let form = [
+        (FAR_DIRECT, Form::Direct),
+        (FAR_STAGED, Form::Staged),
+        (FAR_SCALAR, Form::Scalar),
+        (FAR_TENSOR, Form::Tensor),
+        (FAR_LOADED, Form::TensorLoaded),
+        (FAR_TENSOR_STAGED, Form::TensorStaged),
+    ];
     if let Some((_, form)) = form.into_iter().find(|(name, _)| *name == mutant.variant) {
         let far = Far::new();
         let kernel = far.kernel(form);
@@ -67,10 +76,22 @@ fn examine(mutant: &Mutant) -> Option<String> {
             first(Options::new(Layer::Fast), &fast)
         })
         .or_else(|| first(Options::new(Layer::Fast).with_seed(5), &fast))
+        .or_else(|| variant.matmul.and_then(|_| first(scattered(), &fast)))
         .or_else(|| {
             println!("check");
             first(Options::new(Layer::Check), &small)
         })
+}
+
+/// A GPU on which any lane may have any element.
+fn scattered() -> Options {
+    let tensor_ops = TensorOps { layout: LaneLayout::Scattered(9), ..TensorOps::default() };
+    Options::new(Layer::Fast).with_tensor_ops(tensor_ops)
+}
+
+/// Every mutant.
+fn mutants() -> Vec<&'static Mutant> {
+    list::MUTANTS.iter().chain(tensorops::MUTANTS).collect()
 }
 
 fn changed(mutant: &Mutant, kernel: &Kernel) -> String {
@@ -102,19 +123,19 @@ fn main() -> ExitCode {
     if let [flag, index] = words.as_slice()
         && flag == "--one"
     {
-        let caught = examine(&MUTANTS[index.parse::<usize>().expect("an index")]);
+        let caught = examine(mutants()[index.parse::<usize>().expect("an index")]);
         println!("{}", caught.as_deref().unwrap_or(ALIVE).replace('\n', " "));
         return ExitCode::SUCCESS;
     }
-    let wanted: Vec<usize> = (0..MUTANTS.len())
-        .filter(|&index| words.iter().all(|word| MUTANTS[index].what.contains(word.as_str())))
+    let wanted: Vec<usize> = (0..mutants().len())
+        .filter(|&index| words.iter().all(|word| mutants()[index].what.contains(word.as_str())))
         .collect();
     let next = AtomicUsize::new(0);
     let tally = Mutex::new(Tally::default());
     let work = || {
         while let Some(&index) = wanted.get(next.fetch_add(1, Ordering::Relaxed)) {
             let caught = in_a_process(index);
-            tally.lock().expect("no panic").add(&MUTANTS[index], caught);
+            tally.lock().expect("no panic").add(mutants()[index], caught);
         }
     };
     thread::scope(|scope| {
@@ -158,7 +179,7 @@ fn in_a_process(index: usize) -> Option<Catch> {
         None => format!("the kernel did not end within {} s", LIMIT.as_secs()),
     };
     let layer = lines.next().unwrap_or("none").to_owned();
-    assert!(layer != "none", "mutant {index} ({}) was never examined: {how}", MUTANTS[index].what);
+    assert!(layer != "none", "mutant {index} ({}) was never examined: {how}", mutants()[index].what);
     (how != ALIVE).then_some(Catch { layer, how })
 }
 

@@ -2,7 +2,7 @@
 //! touched.
 
 use half::f16;
-use mtlflashattn_core::plan::QueryHome;
+use mtlflashattn_core::plan::{Matmul, Operands, QueryHome, Weights};
 use mtlflashattn_core::reference::bounds::error_bounds_of;
 use mtlflashattn_core::reference::{Forward, ReferenceInputs, forward as reference};
 use mtlflashattn_core::{BiasKind, Dtype, MetalTile, Options, Problem, Strides, TensorMeta};
@@ -119,7 +119,7 @@ const HEADS: i64 = 2;
 const QUERIES: i64 = 9;
 /// Two blocks of 16 and most of a third.
 const KEYS: i64 = 47;
-const DIM: i64 = 8;
+const DIM: i64 = 16;
 
 /// The problem with its data.
 pub struct Far {
@@ -134,12 +134,16 @@ pub struct Far {
     exact: [Vec<f64>; 4],
 }
 
-/// Kernels that read keys from device memory, stage them, or know nothing of tiles.
+/// Kernels that read keys from device memory, stage them, or know nothing of tiles; `matmul2d` that reads keys itself, has
+/// them loaded by lanes or staged.
 #[derive(Clone, Copy, Debug)]
 pub enum Form {
     Direct,
     Staged,
     Scalar,
+    Tensor,
+    TensorLoaded,
+    TensorStaged,
 }
 
 impl Far {
@@ -166,17 +170,29 @@ impl Far {
     }
 
     pub fn kernel(&self, form: Form) -> Kernel {
-        let staged = matches!(form, Form::Staged);
+        let staged = matches!(form, Form::Staged | Form::TensorStaged);
         let tile = MetalTile {
             simdgroups: 1,
             row_fragments: 1,
             keys: 16,
             staged,
-            value_chunk: 8,
+            value_chunk: 16,
             query: QueryHome::Registers,
+        };
+        let operands = if matches!(form, Form::TensorLoaded) { Operands::Registers } else { Operands::Memory };
+        let matmul = Matmul {
+            head_step: 16,
+            value_step: 16,
+            operands,
+            weights: Weights::Registers,
+            relaxed: true,
+            keep_step: false,
         };
         match form {
             Form::Scalar => Kernel::scalar(&self.problem, true),
+            Form::Tensor | Form::TensorLoaded | Form::TensorStaged => {
+                Kernel::tensorops(&self.problem, MetalTile { row_fragments: 2, ..tile }, matmul, true)
+            }
             _ => Kernel::simdgroup(&self.problem, tile, true),
         }
     }
