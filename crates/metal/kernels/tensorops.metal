@@ -25,6 +25,8 @@
 // no memory, so that simdgroups stay at the same block and share it in the cache. Both are reached by all simdgroups the
 // same number of times. Others are of a simdgroup: around Q, P and the floats of the rows in threadgroup memory.
 
+constant constexpr uint NOT_A_NUMBER = 0x7fc00000u;
+
 #define UNROLL _Pragma("clang loop unroll(full)")
 
 constant constexpr int ROWS = 8 * ROW_FRAGMENTS;
@@ -34,7 +36,7 @@ constant constexpr int PADDING = 16 / int(sizeof(scalar));
 constant constexpr int HEAD_PITCH = HEAD_WIDTH + PADDING;
 constant constexpr int VALUE_PITCH = VALUE_CHUNK + PADDING;
 // The type of P as an operand.
-#if WEIGHTS_IN_THREADGROUP
+#if WEIGHTS_IN_THREADGROUP || WEIGHTS_NARROW
 typedef scalar weight;
 #else
 typedef float weight;
@@ -411,6 +413,25 @@ struct Attention {
         }
     }
 
+#if WEIGHTS_NARROW
+    // Whether lanes have the same elements of a narrow S as of a float S. Where not, the result is NaN, and the check before
+    // the first use notices.
+    static bool places_agree(thread Scores& scores) {
+        typename Op::Score product;
+        auto narrow = product.template get_destination_cooperative_tensor<Left, Keys, scalar>();
+        bool agree = narrow.get_capacity() == scores.get_capacity();
+        UNROLL
+        for (ushort i = 0; i < scores.get_capacity(); ++i) {
+            if (scores.is_valid_element(i)) {
+                const auto position = scores.get_multidimensional_index(i);
+                const auto place = narrow.get_multidimensional_index(i);
+                agree = agree && place[0] == position[0] && place[1] == position[1];
+            }
+        }
+        return agree;
+    }
+#endif
+
     // O += P V.
     template <typename... Out>
     static void multiply_values(int first, thread const Task& task, thread Scores& scores, thread Out&... out) {
@@ -428,9 +449,21 @@ struct Attention {
         simdgroup_barrier(mem_flags::mem_threadgroup);  // these have been written
         ThreadgroupTile weights(task.parked_weights, dextents<int, 2>(KEYS, ROWS), array<int, 2>{1, KEYS});
 #else
-        round_weights(scores);
         typename Op::Value product;
+#if WEIGHTS_NARROW
+        typename Op::Score score_product;
+        auto narrow = score_product.template get_destination_cooperative_tensor<Left, Keys, scalar>();
+        UNROLL
+        for (ushort i = 0; i < scores.get_capacity(); ++i) {
+            if (scores.is_valid_element(i)) {
+                narrow[i] = scalar(scores[i]);
+            }
+        }
+        auto weights = product.template get_left_input_cooperative_tensor<weight, scalar, float>(narrow);
+#else
+        round_weights(scores);
         auto weights = product.template get_left_input_cooperative_tensor<weight, scalar, float>(scores);
+#endif
 #endif
         int step = 0;
         (Op::add_values(weights, step++, first, task, out), ...);
@@ -474,11 +507,17 @@ struct Attention {
             multiply_values(block.first, task, scores, out...);
         }
 
+#if WEIGHTS_NARROW
+        const bool right = simd_all(places_agree(scores));
+#endif
         auto normalizer = product.template get_row_reduction_destination_cooperative_tensor<Left, Keys, float>();
         UNROLL
         for (ushort r = 0; r < sum.get_capacity(); ++r) {
             if (sum.is_valid_element(r)) {
                 normalizer[r] = sum[r] == 0.0f ? 0.0f : 1.0f / sum[r];
+#if WEIGHTS_NARROW
+                normalizer[r] = right ? normalizer[r] : as_type<float>(NOT_A_NUMBER);
+#endif
             }
         }
         share_rows(normalizer, scores, second, task.row_values);
@@ -527,7 +566,13 @@ struct Attention {
 #else
         // What type P has is the operation's business.
         typename Op::Value product;
+#if WEIGHTS_NARROW
+        auto narrow = score_product.template get_destination_cooperative_tensor<Left, Keys, scalar>();
+        clear(narrow);
+        auto weights = product.template get_left_input_cooperative_tensor<weight, scalar, float>(narrow);
+#else
         auto weights = product.template get_left_input_cooperative_tensor<weight, scalar, float>(scores);
+#endif
         start_with(weights, task, scores, query...);
 #endif
     }

@@ -204,6 +204,7 @@ impl Kernel {
             define("VALUE_STEP", value_step);
             define("OPERANDS_IN_REGISTERS", usize::from(operands == Operands::Registers));
             define("WEIGHTS_IN_THREADGROUP", usize::from(weights == Weights::Threadgroup));
+            define("WEIGHTS_NARROW", usize::from(weights == Weights::Narrow));
             define("RELAXED", usize::from(relaxed));
             define("KEEP_STEP", usize::from(keep_step));
         }

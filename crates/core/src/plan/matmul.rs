@@ -58,6 +58,8 @@ pub enum Operands {
 pub enum Weights {
     /// In registers, in float32.
     Registers,
+    /// In registers, in the type of V.
+    Narrow,
     /// In threadgroup memory, in the type of V.
     Threadgroup,
 }
@@ -71,7 +73,7 @@ impl Matmul {
         let query = if matches!(tile.query, QueryHome::Threadgroup) { tile.rows() * head_row } else { 0 };
         let staged = if tile.staged { tile.keys * (head_row + value_row) } else { 0 };
         let weights = match self.weights {
-            Weights::Registers => 0,
+            Weights::Registers | Weights::Narrow => 0,
             Weights::Threadgroup => tile.rows() * tile.keys * dtype.size(),
         };
         // One float for each row.
@@ -105,6 +107,7 @@ impl fmt::Display for Matmul {
         };
         let weights = match weights {
             Weights::Registers => "registers",
+            Weights::Narrow => "registers (narrow)",
             Weights::Threadgroup => "threadgroup memory",
         };
         write!(f, "products of {head_step} and {value_step} columns, k and v {operands}, p in {weights}")?;

@@ -224,6 +224,10 @@ const fn exact(matmul: Matmul) -> Matmul {
     Matmul { relaxed: false, ..matmul }
 }
 
+const fn narrow_weights(matmul: Matmul) -> Matmul {
+    Matmul { weights: Weights::Narrow, ..matmul }
+}
+
 const fn parked_weights(matmul: Matmul) -> Matmul {
     Matmul { weights: Weights::Threadgroup, ..matmul }
 }
@@ -254,8 +258,8 @@ pub fn tensorops() -> Vec<Variant> {
         (
             "tensor f16 64 packed causal",
             Case { window: (-1, 0), packed: true, ..dims(F16, 64, 64) },
-            parked(tile(4, 2, 32, 64)),
-            in_step(large(64, 64)),
+            tile(4, 2, 32, 64),
+            in_step(narrow_weights(large(16, 64))),
         ),
         (
             "tensor f32 32/48 softcap alibi",
