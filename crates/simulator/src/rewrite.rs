@@ -6,6 +6,7 @@
 //! | `threadgroup half tile[64];` | a reference to an array of the runtime | red zones; C++ has no such storage |
 //! | `float4(a, b)` | `msl_make<float4>(a, b)` | clang's vectors have no constructors of several parts |
 //! | `(float4)x` | `msl_cast<float4>{} ->* x` | clang's cast keeps the bits where MSL converts |
+//! | `bfloat(x)`, `half(x)` in a text with `bfloat` | as for vectors | clang refuses the one for the other |
 //! | `struct S { .. };` | constructors that copy from every address space | plain C++ copies within one space |
 //! | `template [[host_name("f")]] kernel void k<half>(..);` | nothing; noted in the table | the table instantiates it |
 
@@ -434,7 +435,7 @@ impl<'a> Rewriter<'a> {
         }
     }
 
-    /// Names that are vectors, or may be: vector types, aliases of them, template parameters.
+    /// Names that are vectors, or may be: vector types, aliases of them, template parameters; and 16-bit scalars.
     fn vector_names(&self) -> HashSet<&'a str> {
         let scalars =
             ["float", "half", "bfloat", "char", "uchar", "short", "ushort", "int", "uint", "long", "ulong", "bool"];
@@ -443,6 +444,10 @@ impl<'a> Rewriter<'a> {
         };
         let mut names: HashSet<&'a str> =
             self.tokens.iter().map(|token| token.text).filter(|text| is_vector(text) && *text != "vec").collect();
+        // Plain clang does not convert between half and bfloat.
+        if self.tokens.iter().any(|token| token.is("bfloat")) {
+            names.extend(["half", "bfloat"]);
+        }
         for index in 0..self.tokens.len() {
             let declares_parameter = self.is(index, "typename") || self.is(index, "class");
             let opens = index > 0 && (self.is(index - 1, "<") || self.is(index - 1, ","));
@@ -698,6 +703,13 @@ mod tests {
         ] {
             assert_eq!(edited(text), text);
         }
+    }
+
+    #[test]
+    fn narrow_scalars_convert_where_a_text_has_both() {
+        assert_eq!(edited("bfloat y = bfloat(x);"), "bfloat y = msl_make<bfloat>(x);");
+        assert_eq!(edited("bfloat y; x = (half)y;"), "bfloat y; x = msl_cast<half>{} ->* y;");
+        assert_eq!(edited("half y = half(x);"), "half y = half(x);");
     }
 
     #[test]

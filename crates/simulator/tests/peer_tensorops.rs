@@ -58,7 +58,7 @@ fn reference(shape: &PeerShape, q: &[f64], k: &[f64], v: &[f64]) -> (Vec<f64>, f
     (out, largest, v.iter().fold(0.0, |most, value| most.max(value.abs())))
 }
 
-/// A bound of the error. P is rounded to the dtype, and so is the output; `V2r` also rounds each score twice, and the
+/// A bound of the error. P is rounded to the dtype, and so is the output; those that keep S in registers also round each score twice, and the
 /// sum of 32 weights after every step.
 fn bound(kernel: PeerKernel, dtype: Dtype, shape: &PeerShape, largest_score: f64, largest_value: f64) -> f64 {
     let unit = match dtype {
@@ -67,7 +67,7 @@ fn bound(kernel: PeerKernel, dtype: Dtype, shape: &PeerShape, largest_score: f64
         Dtype::F32 => 2.0_f64.powi(-24),
     };
     let single = 2.0_f64.powi(-24) * (2.0 * (shape.dim + shape.key_len) as f64 + 16.0) * (1.0 + largest_score);
-    let half_scores = if kernel == PeerKernel::V2r { 4.0 * largest_score + 32.0 } else { 0.0 };
+    let half_scores = if kernel.keeps_scores() { 4.0 * largest_score + 32.0 } else { 0.0 };
     largest_value * (unit * (3.0 + half_scores) + single)
 }
 
@@ -82,6 +82,8 @@ fn kernels_that_macs_take() {
         (PeerKernel::V2r, Dtype::F16),
         (PeerKernel::V2Dtype, Dtype::Bf16),
         (PeerKernel::V2Dtype, Dtype::F32),
+        (PeerKernel::V2rDtype, Dtype::Bf16),
+        (PeerKernel::V2rDtype, Dtype::F32),
     ];
     for shape in SHAPES {
         let mut random = Random::new(shape.dim as u64);

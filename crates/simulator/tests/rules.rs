@@ -254,6 +254,17 @@ fn unaligned_vectors_are_caught() {
 }
 
 #[test]
+fn half_and_bfloat_convert() {
+    let (output, _) = passes(
+        "bfloat b = bfloat(half(in[tid])); half h = half(b); bfloat2 pair = bfloat2(half2(h, half(1.5h)));
+         out[tid] = float(h) + float(pair.y) + float((half)b);",
+    );
+    // 1 to 63 need 6 bits; a bfloat has 8.
+    let expected: Vec<f32> = numbers().into_iter().map(|x| 2.0 * x + 1.5).collect();
+    assert_eq!(output, expected);
+}
+
+#[test]
 fn types_are_checked() {
     let wrong = [
         ("out[tid] = in[tid]; in[0] = 1.0f;", "not assignable"),

@@ -66,20 +66,28 @@ template <int N> struct msl_shape<msl_bool_vector<N>> {
   static constexpr int components = N;
 };
 
+// Between half and bfloat by way of float, which holds both.
+template <class V, class W> constexpr constant bool msl_is_narrow_pair =
+    (is_same_v<V, bfloat> && is_same_v<W, half>) || (is_same_v<V, half> && is_same_v<W, bfloat>);
+template <class V, class W> MSL_INLINE constexpr V msl_convert_scalar(W value) {
+  if constexpr (msl_is_narrow_pair<V, W>) return (V)(float)value;
+  else return (V)value;
+}
+
 template <class V, class W> MSL_INLINE constexpr V msl_convert(W value) {
   using S = msl_scalar<V>;
   if constexpr (is_same_v<V, W>) {
     return value;
   } else if constexpr (msl_components<V> == 1) {
-    return (V)value;
+    return msl_convert_scalar<V>(value);
   } else if constexpr (msl_components<W> == 1) {
     V result{};
-    for (int i = 0; i < msl_components<V>; ++i) result[i] = (S)value;
+    for (int i = 0; i < msl_components<V>; ++i) result[i] = msl_convert_scalar<S>(value);
     return result;
   } else {
     static_assert(msl_components<V> == msl_components<W>, "a vector converts to one of as many components");
     V result{};
-    for (int i = 0; i < msl_components<V>; ++i) result[i] = (S)value[i];
+    for (int i = 0; i < msl_components<V>; ++i) result[i] = msl_convert_scalar<S>(value[i]);
     return result;
   }
 }
@@ -95,7 +103,9 @@ template <class V, class W> MSL_INLINE constexpr void msl_append(V &vector, int 
 
 // Specification 2.2.1: a vector from one scalar (all components) or from parts that have as many components together.
 template <class V, class... Parts> MSL_INLINE constexpr V msl_make(Parts... parts) {
-  if constexpr (msl_components<V> == 1) {
+  if constexpr (msl_components<V> == 1 && sizeof...(Parts) == 1) {
+    return (msl_convert_scalar<V>(parts), ...);
+  } else if constexpr (msl_components<V> == 1) {
     return V(parts...);
   } else if constexpr (sizeof...(Parts) == 0) {
     return V{};
@@ -116,7 +126,7 @@ template <class V> struct msl_cast {};
 template <class V, class W> struct msl_cast_twice {};
 template <class V, class W> MSL_INLINE constexpr msl_cast_twice<V, W> operator->*(msl_cast<V>, msl_cast<W>) { return {}; }
 template <class V, class T> MSL_INLINE constexpr V operator->*(msl_cast<V>, T value) {
-  if constexpr (msl_components<V> == 1) return (V)value;
+  if constexpr (msl_components<V> == 1) return msl_convert_scalar<V>(value);
   else return msl_convert<V>(value);
 }
 template <class V, class W, class T> MSL_INLINE constexpr V operator->*(msl_cast_twice<V, W>, T value) {

@@ -19,7 +19,12 @@ pub enum PeerKernel {
     V2r,
     /// V2 for float32 and bfloat16.
     V2Dtype,
+    /// V2r for float32 and bfloat16, which the package derives from its text.
+    V2rDtype,
 }
+
+/// Where the part of the float16 text begins that V2r is derived from.
+const REUSED: &str = "constant constexpr int SR";
 
 /// Dense tensors `[1, heads, rows, dim]`.
 #[derive(Clone, Copy, Debug)]
@@ -44,17 +49,24 @@ impl PeerKernel {
             PeerKernel::V2 => "flash_attn_fwd_v2",
             PeerKernel::V2r => "flash_attn_fwd_v2r",
             PeerKernel::V2Dtype => "flash_attn_fwd_v2_dtype",
+            PeerKernel::V2rDtype => "flash_attn_fwd_v2r_dtype",
         }
+    }
+
+    /// Whether S and P stay in registers, in the element type.
+    pub fn keeps_scores(self) -> bool {
+        matches!(self, PeerKernel::V2r | PeerKernel::V2rDtype)
     }
 
     /// Rows of a threadgroup.
     fn rows(self) -> usize {
-        if self == PeerKernel::V2r { 64 } else { 32 }
+        if self.keeps_scores() { 64 } else { 32 }
     }
 
     /// The text, specialised as the package does.
     pub fn source(self, python: &str, dim: usize, dtype: Dtype) -> String {
-        let signature = format!("kernel void {}(", self.entry());
+        let written = if self == PeerKernel::V2rDtype { PeerKernel::V2r } else { self };
+        let signature = format!("kernel void {}(", written.entry());
         let text = python.split("r\"\"\"").skip(1).filter_map(|part| part.split("\"\"\"").next());
         let text = text.filter(|text| text.contains(&signature)).map(str::to_owned).next();
         let element = match dtype {
@@ -63,19 +75,20 @@ impl PeerKernel {
             Dtype::F32 => "float",
         };
         let text = text.unwrap_or_else(|| panic!("PEER has no kernel {}", self.entry()));
+        let text = if self == PeerKernel::V2rDtype { derived(&text, element) } else { text };
         let text = text.replace("@D@", &dim.to_string()).replace("@SR@", "16");
         // Its comments have dashes that are not ASCII.
         text.replace("@MSL_T@", element).replace("@P_T@", element).replace(|letter: char| !letter.is_ascii(), "-")
     }
 
     fn padded_key_len(self, shape: &PeerShape) -> usize {
-        if self == PeerKernel::V2r { shape.key_len.next_multiple_of(32) } else { shape.key_len }
+        if self.keeps_scores() { shape.key_len.next_multiple_of(32) } else { shape.key_len }
     }
 
     fn sizes(self, shape: &PeerShape) -> Vec<i32> {
         let PeerShape { heads, key_heads, query_len, key_len, causal, .. } = *shape;
         let mut sizes = vec![1, heads, key_heads, query_len, key_len, usize::from(causal)];
-        if self == PeerKernel::V2r {
+        if self.keeps_scores() {
             sizes.push(self.padded_key_len(shape));
         }
         sizes.into_iter().map(|size| size as i32).collect()
@@ -123,4 +136,14 @@ impl PeerKernel {
         let report = simulator.run(&pipeline, &arguments, &Launch::from(grid).with_must_write(&[3])).map_err(text)?;
         Ok((buffers[3].read(), report))
     }
+}
+
+/// V2r for another element type, as the package makes it.
+fn derived(text: &str, element: &str) -> String {
+    let head = text.split("kernel void").next().unwrap_or_default();
+    let reused = text.find(REUSED).unwrap_or_else(|| panic!("PEER: v2r has no '{REUSED}'"));
+    let head = &head[..head.find(REUSED).unwrap_or(head.len())];
+    format!("{head}{}", &text[reused..])
+        .replace("flash_attn_fwd_v2r", "flash_attn_fwd_v2r_dtype")
+        .replace("half", element)
 }
