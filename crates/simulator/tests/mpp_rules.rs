@@ -747,6 +747,36 @@ fn rows_are_found_again_where_a_kernel_asks_first() {
 }
 
 #[test]
+fn iterators_slots_and_questions() {
+    let body = after_setup(
+        "auto few = b.slice(0, 4); auto tile = few.slice<64, 16>(0, 8);
+         int wrong = 0;
+         wrong += tile.get_extent(0) != 64 || tile.get_extent(1) != 16 || tile.get_static_extent(1) != 16;
+         wrong += few.get_extent(1) != 28 || few.get_stride(1) != 64 || few.get_static_extent(1) != dynamic_extent;
+         wrong += few.get_rank() != 2 || &tile[array<int, 2>{3, 1}] != B + 13 * 64 + 3;
+         op.run(a, b, c);
+         int count = 0;
+         for (auto it = c.begin(); it != c.end(); it += 1, ++count) {
+             wrong += c.is_valid_element(it) != c.is_valid_element(count) || it - c.begin() != count;
+             auto at = c.get_multidimensional_index(it), same = c.get_multidimensional_index(count);
+             wrong += at[0] != same[0] || at[1] != same[1];
+             wrong += c.is_valid_element(it) && (*it != c.get(count) || *c.get_iterator(count) != *it);
+         }
+         wrong += count != c.get_capacity() || c.get_rank() != 2;
+         c.set(1, 7.0f);
+         wrong += c[1] != 7.0f || *(c.end() - (c.get_capacity() - 1)) != 7.0f;
+         wrong += !values.is_compatible_as_left_input<float, half, float>(c);
+         wrong += values.is_compatible_as_left_input<half, half, float>(c);
+         wrong += op.is_compatible_as_left_input<float, half, float>(c);
+         C[lane] = wrong;",
+    );
+    for layout in [LaneLayout::ContiguousQuads, LaneLayout::Scattered(6)] {
+        let (got, _) = run(with(TensorOps { layout, ..TensorOps::default() }), 32, &kernel(&body)).unwrap();
+        assert!(got[..32].iter().all(|&value| value == 0.0), "{layout:?}: {:?}", &got[..32]);
+    }
+}
+
+#[test]
 fn counters_count_what_an_operation_asks_for() {
     let (_, report) = run(check(), 32, &kernel(&after_setup(STAGED))).unwrap();
     let counters = report.counters;
