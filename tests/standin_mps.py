@@ -55,6 +55,7 @@ class Standin:
     is_short_of_memory: Callable[[str], bool] = lambda _: False
     is_wrong: Callable[[str], bool] = lambda _: False
     max_threads: int = 1024
+    gpu: str = "Apple M1"
     macos: str = "15.0"
 
     def compile(self, source: str) -> Library:
@@ -248,7 +249,7 @@ def installed(**faults: Any) -> Iterator[Standin]:
     standin = Standin(**faults)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch._C, "_mps_compileShader", standin.compile, raising=False)
-        patch.setattr(torch._C, "_mps_get_name", lambda: "Apple M1", raising=False)
+        patch.setattr(torch._C, "_mps_get_name", lambda: standin.gpu, raising=False)
         patch.setattr(torch._C, "_mps_get_core_count", lambda: 8, raising=False)
         patch.setattr(platform, "mac_ver", lambda: (standin.macos, ("", "", ""), "arm64"))
         torch.backends.mps.get_name.cache_clear()

@@ -155,8 +155,9 @@ pub(super) fn choose(problem: &Problem, tier: Tier, settings: &Settings) -> Resu
     let weights = if staged && settings.v2_preuse == Switch::Off { Weights::Threadgroup } else { Weights::Registers };
     let relaxed = dtype != Dtype::F32 || settings.tf32;
     let query_halves = head_dim.next_multiple_of(MATRIX) * dtype.size() / 4;
-    let nearest = if from_memory && !staged {
-        // One large product with Q in registers was reported to be several times slower.
+    let nearest = if (from_memory && !staged) || weights == Weights::Threadgroup {
+        // One large product with Q in registers was reported to be several times slower; who keeps P out of cooperative
+        // operands does not want Q there either.
         &[QueryHome::Threadgroup, QueryHome::Device][..]
     } else if query_halves <= MOST_QUERY_HALVES {
         &[QueryHome::Registers][..]

@@ -174,6 +174,9 @@ impl<'a> Planner<'a> {
                     return Err(reason);
                 }
                 let (tile, matmul) = matmul::choose(problem, plan.tier, self.settings)?;
+                if let Some(wanted) = self.settings.tile.as_ref().filter(|wanted| !wanted.matches(&tile)) {
+                    return Err(Reason::NoSuchTile { wanted: wanted.to_string(), offered: tuned::offered(&[tile]) });
+                }
                 Ok(Plan { metal: Some(tile), matmul: Some(matmul), ..plan })
             }
             Tier::Simdgroup => {

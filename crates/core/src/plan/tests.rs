@@ -333,6 +333,18 @@ fn what_matmul2d_cannot_read_is_loaded_by_lanes() {
 }
 
 #[test]
+fn a_forced_tile_that_tensorops_does_not_have_is_left_to_simdgroup() {
+    let tier = |tile: &str| {
+        let settings = Settings { tile: TilePattern::parse(tile), ..Settings::DEFAULT };
+        planner(Device::Metal(M5), &settings).plan(&half(64, [1024, 1024])).unwrap().tier
+    };
+    assert_eq!(
+        [tier("keys=32"), tier("keys=16"), tier("simdgroups=2")],
+        [Tier::Tensorops, Tier::Simdgroup, Tier::Simdgroup]
+    );
+}
+
+#[test]
 fn the_variables_of_v2_keep_their_meaning() {
     let set = |pairs: &'static [(&str, &str)]| {
         Settings::parse(|name| pairs.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned())).0
@@ -359,6 +371,8 @@ fn the_variables_of_v2_keep_their_meaning() {
     assert_eq!((tier, reason.as_str()), (Tier::TensoropsStaged, "MTLFLASHATTN_V2_PREUSE is off"));
     let weights = |settings: &Settings| tensorops_tile(&half(64, [64, 64]), Tier::TensoropsStaged, settings).1.weights;
     assert_eq!([weights(&without), weights(&default)], [Weights::Threadgroup, Weights::Registers]);
+    let (tile, _) = tensorops_tile(&half(64, [64, 64]), Tier::TensoropsStaged, &without);
+    assert_eq!(tile.query, QueryHome::Threadgroup);
     // Full precision for float32 unless TF32 is allowed.
     let relaxed = |settings: &Settings, problem: &Problem| tensorops_tile(problem, Tier::Tensorops, settings).1.relaxed;
     let tf32 = set(&[("MTLFLASHATTN_TF32", "1")]);
