@@ -92,15 +92,16 @@ pub fn forward(problem: &Problem, inputs: &ReferenceInputs<'_>) -> Forward {
     result
 }
 
-/// Computes the gradients of `sum(out * d_out)`, with `d_out` in the layout of [`Forward::out`].
+/// Computes the gradients of `sum(out * d_out) + sum(lse * d_lse)`, with `d_out` and `d_lse` in the layouts of
+/// [`Forward`]. Of an infinite LSE there is no gradient.
 ///
-/// With `p = exp(s - lse)` and `delta = out . d_out`: `dv_j += p d_out`, `ds = p (d_out . v_j - delta)`, which is also
+/// With `p = exp(s - lse)` and `delta = out . d_out - d_lse`: `dv_j += p d_out`, `ds = p (d_out . v_j - delta)`, which is also
 /// the gradient of the bias; a sink has no value, so that its gradient is `-p delta`.
 ///
 /// # Panics
-/// When an input or `d_out` does not have the size that `problem` gives it.
+/// When an input, `d_out` or `d_lse` does not have the size that `problem` gives it.
 #[must_use]
-pub fn backward(problem: &Problem, inputs: &ReferenceInputs<'_>, d_out: &[f64]) -> Gradients {
+pub fn backward(problem: &Problem, inputs: &ReferenceInputs<'_>, d_out: &[f64], d_lse: Option<&[f64]>) -> Gradients {
     let out_len = problem.lengths.query_rows() * problem.query_heads * problem.value_dim;
     assert!(d_out.len() == out_len, "d_out has {} elements, the problem wants {out_len}", d_out.len());
     let zeros = |values: &[f64]| vec![0.0; values.len()];
@@ -117,7 +118,9 @@ pub fn backward(problem: &Problem, inputs: &ReferenceInputs<'_>, d_out: &[f64]) 
         let d_out = &d_out[row.out_range(problem)];
         let d_probability = |score: &Score| dot(d_out, &inputs.v[row.value_range(problem, score.key)]);
         let weighted = scores.iter().zip(&softmax.probabilities);
-        let delta: f64 = weighted.clone().map(|(score, probability)| probability * d_probability(score)).sum();
+        let d_lse = d_lse.map_or(0.0, |d_lse| d_lse[row.lse_index(problem)]);
+        let delta: f64 =
+            -d_lse + weighted.clone().map(|(score, probability)| probability * d_probability(score)).sum::<f64>();
         for (score, probability) in weighted {
             let d_score = probability * (d_probability(score) - delta);
             let d_product = d_score * score.slope * f64::from(problem.scale);

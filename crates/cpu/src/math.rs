@@ -4,7 +4,7 @@
 
 use crate::isa::Simd;
 
-/// `2^x` for `x <= 0`, relative error below 2^-22; exactly 0 below 2^-126.5 and for negative infinity, NaN for NaN.
+/// `2^x` for `x <= 1`, relative error below 2^-22; exactly 0 below 2^-126.5 and for negative infinity, NaN for NaN.
 #[inline(always)]
 pub(crate) unsafe fn exp2<S: Simd>(x: S::Vector) -> S::Vector {
     // Adding 1.5 * 2^23 rounds to a whole number; the extra 127 is the exponent bias, so that the low bits of the sum

@@ -11,8 +11,9 @@ use std::process::Command;
 
 /// A loop with fewer fused multiply-adds is not one of the products.
 const HOT: usize = 12;
-/// Scores and values, for each of three dtypes.
-const PRODUCTS: usize = 6;
+/// For each of three dtypes: scores and values of the forward pass; of the backward pass scores twice, values, and the
+/// sums over rows twice.
+const PRODUCTS: usize = 21;
 
 struct Instruction<'a> {
     address: u64,
@@ -192,7 +193,7 @@ const EXPECTED: &[(&str, usize)] =
 #[allow(clippy::print_stdout, reason = "says what was examined")]
 fn hot_loops_stay_in_registers() {
     // Puts the engine into this executable.
-    black_box(mtlflashattn_cpu::forward as *const ());
+    black_box((mtlflashattn_cpu::forward as *const (), mtlflashattn_cpu::backward as *const ()));
     let listing = disassembly_of_this_test();
     let loops = hot_loops(&Function::of(&listing));
     for &(isa, expected) in EXPECTED {

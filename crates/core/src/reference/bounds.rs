@@ -53,7 +53,11 @@
 //! dominates, `2^-8 / sqrt(n)` in bfloat16, which leaves a factor of `256 / sqrt(n)`. Longer sequences should be tested
 //! with windows or skewed scores, so that some rows depend on few keys.
 
+mod gradients;
+
 use std::f64::consts::{LN_2, LOG2_E};
+
+pub use gradients::gradient_bounds;
 
 use super::{Forward, ReferenceInputs, Row, Score, Softmax, forward, rows};
 use crate::{Dtype, Problem};

@@ -3,10 +3,13 @@
 #![allow(clippy::float_cmp, reason = "infinities must be equal")]
 #![allow(clippy::struct_excessive_bools, reason = "features are on or off")]
 
+pub mod cases;
+
 use half::{bf16, f16};
-use mtlflashattn_core::reference::{ReferenceInputs, bounds::error_bounds, forward as reference};
-use mtlflashattn_core::{Alignment, BiasKind, CpuTile, Dtype, Options, Problem, Strides, TensorMeta};
-use mtlflashattn_cpu::{Error, Inputs, Isa, Outputs, forward};
+use mtlflashattn_core::reference::bounds::{error_bounds, gradient_bounds};
+use mtlflashattn_core::reference::{ReferenceInputs, backward as reference_gradients, forward as reference};
+use mtlflashattn_core::{Alignment, BiasKind, CpuBackwardTile, CpuTile, Dtype, Options, Problem, Strides, TensorMeta};
+use mtlflashattn_cpu::{Error, Gradient, InputGradients, Inputs, Isa, OutputGradients, Outputs, backward, forward};
 
 /// A small generator, so that a seed is all a failing case needs (`SplitMix64`).
 pub struct Random(u64);
@@ -178,6 +181,18 @@ pub struct Results {
     pub lse: Vec<f64>,
 }
 
+/// Gradients from the engine as float64, in the layouts of the reference.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Gradients {
+    pub q: Vec<f64>,
+    pub k: Vec<f64>,
+    pub v: Vec<f64>,
+    pub sinks: Vec<f64>,
+}
+
+/// Which gradients are wanted: of q, k, v and the sinks.
+pub type Wanted = [bool; 4];
+
 /// A problem with its data.
 pub struct Run {
     pub problem: Problem,
@@ -192,6 +207,8 @@ pub struct Run {
     bias: Vec<u8>,
     full_bias: Vec<f64>,
     sinks: Vec<f32>,
+    d_out: Tensor,
+    d_lse: Vec<f32>,
 }
 
 impl Run {
@@ -210,6 +227,9 @@ impl Run {
         let q = Tensor::new(case, [outer, query_rows, query_heads, case.head_dim], || spread * 2.0 * random.uniform());
         let k = Tensor::new(case, [outer, key_rows, case.key_heads, case.head_dim], || 2.0 * random.uniform());
         let v = Tensor::new(case, [outer, key_rows, case.key_heads, case.value_dim], || 2.0 * random.uniform());
+        let mut other = Random::new(case.seed ^ 0x5eed);
+        let d_out = Tensor::new(case, [outer, query_rows, query_heads, case.value_dim], || 2.0 * other.uniform());
+        let d_lse = (0..outer * query_rows * query_heads).map(|_| other.uniform() as f32).collect();
         let offsets = |pick: fn(&(usize, usize)) -> usize| {
             let mut sum = 0;
             let ends = case.lengths.iter().map(|l| {
@@ -264,7 +284,131 @@ impl Run {
             bias,
             full_bias,
             sinks,
+            d_out,
+            d_lse,
         }
+    }
+
+    fn inputs(&self) -> Inputs<'_> {
+        Inputs {
+            q: self.q.bytes.as_ptr(),
+            k: self.k.bytes.as_ptr(),
+            v: self.v.bytes.as_ptr(),
+            query_offsets: &self.query_offsets,
+            key_offsets: &self.key_offsets,
+            alibi_slopes: self.slopes.as_ptr(),
+            bias: self.bias.as_ptr(),
+            sinks: self.sinks.as_ptr(),
+        }
+    }
+
+    /// The tile of the gradients that the planner gives.
+    pub fn backward_tile(&self, isa: Isa) -> CpuBackwardTile {
+        CpuBackwardTile::new(&self.problem, isa.panel_rows())
+    }
+
+    /// The gradients from the engine, after a forward pass of the same instruction set.
+    pub fn gradients(&self, isa: Isa, tile: &CpuBackwardTile, threads: usize, wanted: Wanted) -> Gradients {
+        let problem = &self.problem;
+        let results = self.engine(isa, &self.tile(isa, 1), 1);
+        let size = self.dtype.size();
+        let out: Vec<u8> = results.out.iter().flat_map(|&x| encode(self.dtype, x).0).collect();
+        let mut lse: Vec<f32> = results.lse.iter().map(|&x| x as f32).collect();
+        let (hole, _) = encode(self.dtype, f64::NAN);
+        let guard = 64;
+        let tensor = |like: &Tensor, heads: usize, dim: usize| {
+            let mut shape = like.shape.clone();
+            *shape.last_mut().unwrap() = dim as i64;
+            let elements = shape.iter().product::<i64>() as usize;
+            let (heads, dim) = (heads as i64, dim as i64);
+            let batch = if shape.len() == 4 { shape[1] * heads * dim } else { 0 };
+            (hole.repeat(elements + guard), Strides { batch, row: heads * dim, head: dim })
+        };
+        let out_strides = tensor(&self.q, problem.query_heads, problem.value_dim).1;
+        let mut grads = [
+            tensor(&self.q, problem.query_heads, problem.head_dim),
+            tensor(&self.k, problem.key_heads, problem.head_dim),
+            tensor(&self.v, problem.key_heads, problem.value_dim),
+        ];
+        let mut sinks = vec![f32::NAN; problem.query_heads + 1];
+        let outputs = Outputs { out: out.as_ptr().cast_mut(), out_strides, lse: lse.as_mut_ptr() };
+        let d_out_strides = Strides::of(&self.d_out.meta(self.dtype));
+        let given =
+            OutputGradients { out: self.d_out.bytes.as_ptr(), out_strides: d_out_strides, lse: self.d_lse.as_ptr() };
+        let mut gradient = |index: usize| {
+            let (bytes, strides) = &mut grads[index];
+            let data = if wanted[index] { bytes.as_mut_ptr() } else { std::ptr::null_mut() };
+            Gradient { data, strides: *strides }
+        };
+        let has_sinks = wanted[3] && problem.sinks.is_some();
+        let to = InputGradients {
+            q: gradient(0),
+            k: gradient(1),
+            v: gradient(2),
+            sinks: if has_sinks { sinks.as_mut_ptr() } else { std::ptr::null_mut() },
+        };
+        // SAFETY: all buffers were made for this problem.
+        unsafe { backward(problem, tile, isa, threads, &self.inputs(), &outputs, &given, &to, &mut || false) }
+            .expect("the call finishes");
+        assert!(sinks.pop().unwrap().is_nan(), "{} wrote behind the gradient of the sinks", isa.name());
+        let [q, k, v] = grads.map(|(mut bytes, _)| {
+            let end = bytes.len() - guard * size;
+            assert!(bytes[end..] == hole.repeat(guard), "{} wrote behind a gradient", isa.name());
+            bytes.truncate(end);
+            bytes.chunks_exact(size).map(|bytes| decode(self.dtype, bytes)).collect()
+        });
+        Gradients { q, k, v, sinks: sinks.into_iter().map(f64::from).collect() }
+    }
+
+    /// Compares with the float64 reference; the message names the first element out of bounds.
+    pub fn check_gradients(&self, got: &Gradients) -> Result<(), String> {
+        let sinks: Vec<f64> = self.sinks.iter().map(|&sink| f64::from(sink)).collect();
+        let mut inputs = self.reference_inputs();
+        inputs.sinks = self.problem.sinks.map(|_| sinks.as_slice());
+        let d_lse: Vec<f64> = self.d_lse.iter().map(|&x| f64::from(x)).collect();
+        let exact = reference_gradients(&self.problem, &inputs, &self.d_out.exact, Some(&d_lse));
+        let bounds = gradient_bounds(&self.problem, &inputs, &self.d_out.exact, Some(&d_lse));
+        let mut pairs = vec![
+            ("dq", &got.q, exact.q, bounds.q),
+            ("dk", &got.k, exact.k, bounds.k),
+            ("dv", &got.v, exact.v, bounds.v),
+        ];
+        if let (Some(exact), Some(bounds)) = (exact.sinks, bounds.sinks) {
+            pairs.push(("dsinks", &got.sinks, exact, bounds));
+        }
+        for (name, got, want, bound) in pairs {
+            assert_eq!(got.len(), want.len());
+            for (i, ((got, want), bound)) in got.iter().zip(want).zip(bound).enumerate() {
+                if !(*got == want || (got - want).abs() <= bound) {
+                    return Err(format!("{name}[{i}] is {got:e}, the reference {want:e}, bound {bound:e}"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks for gradients with an `interrupted` callback.
+    pub fn interrupted_gradients(
+        &self,
+        isa: Isa,
+        threads: usize,
+        asked: &mut dyn FnMut() -> bool,
+    ) -> Result<(), Error> {
+        let problem = &self.problem;
+        let (tile, mut dq) = (self.backward_tile(isa), vec![0u8; self.q.bytes.len()]);
+        let lse = vec![0.0f32; problem.lengths.query_rows() * problem.query_heads];
+        let outputs =
+            Outputs { out: self.q.bytes.as_ptr().cast_mut(), out_strides: problem.q, lse: lse.as_ptr().cast_mut() };
+        let given = OutputGradients { out: self.q.bytes.as_ptr(), out_strides: problem.q, lse: std::ptr::null() };
+        let none = Gradient { data: std::ptr::null_mut(), strides: problem.q };
+        let to = InputGradients {
+            q: Gradient { data: dq.as_mut_ptr(), strides: problem.q },
+            k: none,
+            v: none,
+            sinks: std::ptr::null_mut(),
+        };
+        // SAFETY: all buffers were made for this problem; q stands in for what has its layout.
+        unsafe { backward(problem, &tile, isa, threads, &self.inputs(), &outputs, &given, &to, asked) }
     }
 
     fn reference_inputs(&self) -> ReferenceInputs<'_> {
@@ -301,16 +445,7 @@ impl Run {
         let (heads, dim) = (problem.query_heads as i64, problem.value_dim as i64);
         let out_strides =
             Strides { batch: if shape.len() == 4 { shape[1] * heads * dim } else { 0 }, row: heads * dim, head: dim };
-        let inputs = Inputs {
-            q: self.q.bytes.as_ptr(),
-            k: self.k.bytes.as_ptr(),
-            v: self.v.bytes.as_ptr(),
-            query_offsets: &self.query_offsets,
-            key_offsets: &self.key_offsets,
-            alibi_slopes: self.slopes.as_ptr(),
-            bias: self.bias.as_ptr(),
-            sinks: self.sinks.as_ptr(),
-        };
+        let inputs = self.inputs();
         let outputs = Outputs { out: out.as_mut_ptr(), out_strides, lse: lse.as_mut_ptr() };
         // SAFETY: all buffers were made for this problem.
         unsafe { forward(problem, tile, isa, threads, &inputs, &outputs, &mut || false) }.expect("the call finishes");
@@ -347,16 +482,7 @@ impl Run {
         let tile = self.tile(isa, threads);
         let problem = &self.problem;
         let mut out = vec![0u8; self.q.bytes.len()];
-        let inputs = Inputs {
-            q: self.q.bytes.as_ptr(),
-            k: self.k.bytes.as_ptr(),
-            v: self.v.bytes.as_ptr(),
-            query_offsets: &self.query_offsets,
-            key_offsets: &self.key_offsets,
-            alibi_slopes: self.slopes.as_ptr(),
-            bias: self.bias.as_ptr(),
-            sinks: self.sinks.as_ptr(),
-        };
+        let inputs = self.inputs();
         let outputs = Outputs { out: out.as_mut_ptr(), out_strides: problem.q, lse: std::ptr::null_mut() };
         // SAFETY: all buffers were made for this problem; the output has the layout of q.
         unsafe { forward(problem, &tile, isa, threads, &inputs, &outputs, interrupted) }

@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::case::{Case, Random, Spec, specs};
-use crate::reference::{backward, forward};
+use crate::reference::{backward, dot, forward};
 
 /// Central difference of fourth order with step `h`: the error is of the order of `h^4` and of `2^-53 / h`, both far
 /// below 1e-8 for inputs of order 1 and `h = 1e-3`.
@@ -15,9 +15,12 @@ type Tensor = fn(&mut Case) -> &mut [f64];
 fn check(case: &Case, seed: u64) -> Result<(), TestCaseError> {
     let d_out =
         Random(seed).normals(case.problem.lengths.query_rows() * case.problem.query_heads * case.problem.value_dim);
-    let gradients = backward(&case.problem, &case.inputs(), &d_out);
+    let d_lse = Random(seed ^ 1).normals(case.problem.lengths.query_rows() * case.problem.query_heads);
+    let gradients = backward(&case.problem, &case.inputs(), &d_out, Some(&d_lse));
     let objective = |case: &Case| -> f64 {
-        forward(&case.problem, &case.inputs()).out.iter().zip(&d_out).map(|(out, d_out)| out * d_out).sum()
+        let results = forward(&case.problem, &case.inputs());
+        let lse = results.lse.iter().zip(&d_lse).filter(|(lse, _)| lse.is_finite());
+        dot(&results.out, &d_out) + lse.map(|(lse, d_lse)| lse * d_lse).sum::<f64>()
     };
     let tensors: [(&str, Tensor, &[f64]); 5] = [
         ("q", |case| &mut case.q, &gradients.q),
@@ -55,7 +58,7 @@ fn by_hand_two_equal_keys() {
     // p = 1/2 each, out = (v0 + v1) / 2; with d_out = 1: dv = 1/2, ds = p (v - out) = -1/2 and 1/2 for v = 3, 5.
     let mut case = Case::new(&Spec::plain(1, 2, 1));
     (case.q, case.k, case.v) = (vec![2.0], vec![7.0, 7.0], vec![3.0, 5.0]);
-    let gradients = backward(&case.problem, &case.inputs(), &[1.0]);
+    let gradients = backward(&case.problem, &case.inputs(), &[1.0], None);
     assert_eq!(gradients.v, [0.5, 0.5]);
     assert_eq!(gradients.k, [-1.0, 1.0]);
     assert_eq!(gradients.q, [0.0]);
