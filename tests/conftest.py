@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import hypothesis
 import pytest
@@ -29,11 +29,17 @@ def _is_setting(name: str) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No variable of ours, one generator state, and the same number of threads afterwards."""
+def clean_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Settings, generator state and number of threads are those of a new process.
+
+    No variable of ours is set but the folder for verdicts on kernels: never the user's own.
+    """
     for name in list(os.environ):
         if _is_setting(name):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("MTLFLASHATTN_CACHE", str(tmp_path_factory.mktemp("cache")))
     threads = torch.get_num_threads()
     torch.manual_seed(0)
     yield
@@ -47,10 +53,13 @@ Child = Callable[..., "subprocess.CompletedProcess[str]"]
 def child() -> Child:
     """Runs code in an interpreter of its own, which must end well, and returns what it printed."""
 
-    def run(code: str, *, status: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
-        inherited = {k: v for k, v in os.environ.items() if not _is_setting(k)}
+    def run(
+        code: str, *, status: int = 0, under: Sequence[str] = (), **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        cache = "MTLFLASHATTN_CACHE"
+        inherited = {k: v for k, v in os.environ.items() if k == cache or not _is_setting(k)}
         process = subprocess.run(
-            [sys.executable, "-c", code],
+            [*under, sys.executable, "-c", code],
             env={**inherited, **env},
             capture_output=True,
             text=True,

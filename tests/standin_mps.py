@@ -11,6 +11,9 @@ aten/src/ATen/native/mps/OperationUtils.mm (torch 2.7 to 2.15):
   neither device, dtype nor strides are looked at. bool is a kind of int, and ints are int64; floats
   are float32. A list or tuple is packed as its first element says, and must not be empty.
   `arg_casts` changes the element type of numbers. Everything else is refused.
+* A kernel that the GPU stops does not raise: its command buffer ends with an error, which torch up
+  to 2.15 does not look at, so that nothing was written (pytorch/pytorch#193571). Where it does
+  look, the next one who waits gets the driver's words.
 * `threads` counts all threads, by default as many as the first tensor has elements; `group_size`
   has as many dimensions, by default as large a first one as the pipeline allows.
 """
@@ -54,9 +57,26 @@ class Standin:
     refuses_pipeline: Callable[[str], bool] = lambda _: False
     is_short_of_memory: Callable[[str], bool] = lambda _: False
     is_wrong: Callable[[str], bool] = lambda _: False
+    is_nan: Callable[[str], bool] = lambda _: False
+    hangs: Callable[[str], bool] = lambda _: False
+    hang_message: str | None = None
     max_threads: int = 1024
+    reported_threads: int | None = None
     gpu: str = "Apple M1"
     macos: str = "15.0"
+    synchronized: int = 0
+    pending: str | None = None
+
+    def synchronize(self) -> None:
+        """`torch._C._mps_deviceSynchronize`."""
+        self.synchronized += 1
+        self.wait()
+
+    def wait(self) -> None:
+        """Raises what the driver had to say, once."""
+        message, self.pending = self.pending, None
+        if message is not None:
+            raise RuntimeError(message)
 
     def compile(self, source: str) -> Library:
         if not isinstance(source, str):
@@ -104,7 +124,8 @@ class Kernel:
 
     @property
     def max_threads_per_threadgroup(self) -> int:
-        return min(self._standin.max_threads, int(self._pipeline.max_threads))
+        most = min(self._standin.max_threads, int(self._pipeline.max_threads))
+        return self._standin.reported_threads or most
 
     @property
     def thread_execution_width(self) -> int:
@@ -165,13 +186,19 @@ class Kernel:
     ) -> None:
         tensors = [argument for argument in args if isinstance(argument, Tensor)]
         wrong = self._standin.is_wrong(self._source)
-        before = [tensor.clone() for tensor in tensors] if wrong else []
+        nan = self._standin.is_nan(self._source)
+        before = [tensor.clone() for tensor in tensors] if wrong or nan else []
+        if self._standin.hangs(self._source):
+            self._standin.pending = self._standin.hang_message
+            return
         self._pipeline.dispatch(bound, threads, group)
-        if wrong:
-            for tensor, old in zip(tensors, before, strict=True):
-                if not torch.equal(tensor, old):
-                    # Two per cent off: what a lost key of fifty does to a row.
+        for tensor, old in zip(tensors, before, strict=False):
+            if not torch.equal(tensor.nan_to_num(7.0), old.nan_to_num(7.0)):
+                # Two per cent off: what a lost key of fifty does to a row. Or one NaN.
+                if wrong:
                     tensor.mul_(1.02)
+                else:
+                    tensor[(-1,) * tensor.dim()] = torch.nan
 
 
 def _dimensions(value: Any) -> tuple[int, ...] | None:
@@ -249,6 +276,10 @@ def installed(**faults: Any) -> Iterator[Standin]:
     standin = Standin(**faults)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch._C, "_mps_compileShader", standin.compile, raising=False)
+        patch.setattr(torch._C, "_mps_deviceSynchronize", standin.synchronize, raising=False)
+        to = Tensor.to
+        # Copying between devices waits for the GPU.
+        patch.setattr(Tensor, "to", lambda *args, **kwargs: standin.wait() or to(*args, **kwargs))
         patch.setattr(torch._C, "_mps_get_name", lambda: standin.gpu, raising=False)
         patch.setattr(torch._C, "_mps_get_core_count", lambda: 8, raising=False)
         patch.setattr(platform, "mac_ver", lambda: (standin.macos, ("", "", ""), "arm64"))

@@ -72,8 +72,8 @@ def test_a_launch_binds_ten_tensors_and_two_lists() -> None:
         out, tiers = served(lambda: flash_attn_func(q, k, v, causal=True))
     assert tiers == ["simdgroup"]
     check(out, q, k, v, "simdgroup", causal=True)
-    # The check before first use, and the call.
-    assert [len(device.compiled), len(device.dispatches)] == [1, 2]
+    # Three small problems before the first use, and the call.
+    assert [len(device.compiled), len(device.dispatches)] == [1, 4]
     launch = device.dispatches[-1]
     tensors, sizes, factors = launch.arguments[:-2], *launch.arguments[-2:]
     assert len(tensors) == 10
@@ -221,7 +221,7 @@ def test_only_inputs_with_scattered_rows_are_copied() -> None:
 FAULTS: dict[str, dict[str, Callable[[str], bool]]] = {
     "refused by the stand-in": {"refuses_source": lambda text: "attention_simdgroup" in text},
     "Failed to create function state": {"refuses_pipeline": lambda name: "simdgroup" in name},
-    "results were wrong": {"is_wrong": lambda text: "attention_simdgroup" in text},
+    "results are off by": {"is_wrong": lambda text: "attention_simdgroup" in text},
 }
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "_panic",
     "_plan_elsewhere",
     "_pretend_mps",
+    "_probes",
     "_settings",
     "backward_into",
     "execute_backward",
@@ -194,6 +195,9 @@ def _kernel_text(question: dict[str, Any]) -> dict[str, Any]:
 
 def _settings() -> list[dict[str, Any]]:
     """Every setting with the text in the environment; needs no torch and gives no warnings."""
+
+def _probes() -> dict[str, Any] | None:
+    """What is known of the kernels of the device that takes Metal kernels; None without one."""
 
 def _machine() -> dict[str, Any]:
     """What the planner makes of this machine: its devices, and the tiers of typical calls."""

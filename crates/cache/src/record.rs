@@ -95,7 +95,8 @@ pub struct Verdict {
     pub fingerprint: Fingerprint,
     /// The verdict.
     pub outcome: Outcome,
-    /// What the pipeline says about itself. On an M1 or M2 this tells the class of registers that Apple's compiler chose.
+    /// What the pipeline says about itself. On an M1 or M2 it tells the class of registers that Apple's compiler chose, but
+    /// for a kernel that declares how many threads a threadgroup has at most: then it is that number, or less.
     pub max_threads_per_threadgroup: Option<u32>,
     /// Launches of the probe.
     pub launches: u32,

@@ -4,6 +4,7 @@
 //! not matter (but for package names), and an empty value counts as not set.
 
 use std::fmt;
+use std::path::PathBuf;
 
 use crate::plan::TilePattern;
 use crate::{Dtype, Tier};
@@ -103,8 +104,15 @@ const DEVICE: Variable = Variable {
 const PROBE: Variable = Variable {
     name: "MTLFLASHATTN_PROBE",
     default: "on",
-    allowed: "on, off",
-    description: "Whether a Metal kernel must get a small problem right before it serves for the first time.",
+    allowed: "on, off, force",
+    description: "Whether a Metal kernel must get small problems right before it serves; force checks those again that \
+                  this machine has already checked.",
+};
+const CACHE: Variable = Variable {
+    name: "MTLFLASHATTN_CACHE",
+    default: "",
+    allowed: "an absolute path",
+    description: "Folder for what was found out about this machine: verdicts on kernels, tuned tiles.",
 };
 const CPU_ISA: Variable = Variable {
     name: "MTLFLASHATTN_CPU_ISA",
@@ -125,6 +133,7 @@ pub const VARIABLES: &[Variable] = &[
     KERNEL,
     DEVICE,
     PROBE,
+    CACHE,
     CPU_ISA,
     TORCH_CHUNK,
     V2_PREUSE,
@@ -269,6 +278,27 @@ impl Device {
     }
 }
 
+/// What `MTLFLASHATTN_PROBE` asks for, the least demanding first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Probe {
+    /// A kernel serves unchecked.
+    Off,
+    /// A kernel serves after it got small problems right on this machine, now or earlier.
+    #[default]
+    On,
+    /// A kernel serves after it got small problems right in this process.
+    Force,
+}
+
+impl Probe {
+    fn parse(text: &str) -> Option<Self> {
+        match text {
+            "force" => Some(Self::Force),
+            _ => parse_bool(text).map(|on| if on { Self::On } else { Self::Off }),
+        }
+    }
+}
+
 /// Instruction set that `MTLFLASHATTN_CPU_ISA` asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CpuIsa {
@@ -313,8 +343,10 @@ pub struct Settings {
     pub kernel: Kernel,
     /// Whether CPU tensors go to the simulator.
     pub device: Device,
-    /// Whether a Metal kernel must get a small problem right before it serves for the first time.
-    pub probe: bool,
+    /// What a Metal kernel must show before it serves.
+    pub probe: Probe,
+    /// Folder of the cache, absolute; `None` where caches of the user belong.
+    pub cache: Option<PathBuf>,
     /// Instruction set of the cpu tier.
     pub cpu_isa: CpuIsa,
     /// Query rows that the torch tier computes at a time; at least 1.
@@ -348,7 +380,8 @@ impl Settings {
     pub const DEFAULT: Self = Self {
         kernel: Kernel::AUTO,
         device: Device::Auto,
-        probe: true,
+        probe: Probe::On,
+        cache: None,
         cpu_isa: CpuIsa::Auto,
         torch_chunk: 2048,
         v2_preuse: Switch::Auto,
@@ -375,7 +408,8 @@ impl Settings {
         let settings = Self {
             kernel: reader.read(KERNEL, |text| Kernel::parse(text, v2_preuse)).unwrap_or(default.kernel),
             device: reader.read(DEVICE, Device::parse).unwrap_or(default.device),
-            probe: reader.read(PROBE, parse_bool).unwrap_or(default.probe),
+            probe: reader.read(PROBE, Probe::parse).unwrap_or(default.probe),
+            cache: reader.read_as_written(CACHE, parse_folder),
             cpu_isa: reader.read(CPU_ISA, CpuIsa::parse).unwrap_or(default.cpu_isa),
             torch_chunk: reader.read(TORCH_CHUNK, at_least(1)).unwrap_or(default.torch_chunk),
             v2_preuse,
@@ -434,6 +468,10 @@ pub(crate) fn parse_bool(text: &str) -> Option<bool> {
 
 fn parse_size(text: &str) -> Option<f64> {
     text.parse().ok().filter(|size: &f64| size.is_finite() && *size >= 0.0)
+}
+
+fn parse_folder(text: &str) -> Option<PathBuf> {
+    Some(PathBuf::from(text)).filter(|path| path.is_absolute())
 }
 
 /// Names of Python packages, dotted or not; empty items are skipped, so that a trailing comma does no harm.
@@ -546,11 +584,19 @@ mod tests {
     }
 
     #[test]
+    fn probes_are_demanded_more_and_more() {
+        let [off, on, force] = ["0", "TRUE", "Force"].map(|text| accepted(&[(PROBE.name, text)]).probe);
+        assert_eq!([off, on, force], [Probe::Off, Probe::On, Probe::Force]);
+        assert!(off < on && on < force);
+    }
+
+    #[test]
     fn every_variable_reaches_its_field() {
         let settings = accepted(&[
             (KERNEL.name, "V0"),
             (DEVICE.name, "Simulator"),
             (PROBE.name, "No"),
+            (CACHE.name, " /Volumes/Big Disk/cache "),
             (CPU_ISA.name, "AVX512"),
             (TORCH_CHUNK.name, "1"),
             (V2_PREUSE.name, "True"),
@@ -568,7 +614,8 @@ mod tests {
         let expected = Settings {
             kernel: Kernel { name: "v0", tier: Some(Tier::Scalar) },
             device: Device::Simulator,
-            probe: false,
+            probe: Probe::Off,
+            cache: Some("/Volumes/Big Disk/cache".into()),
             cpu_isa: CpuIsa::Avx512,
             torch_chunk: 1,
             v2_preuse: Switch::On,
@@ -599,7 +646,8 @@ mod tests {
         for (variable, values) in [
             (KERNEL, &["v3", "tensorops_staged", "metal"][..]),
             (DEVICE, &["cpu", "mps", "1"]),
-            (PROBE, &["auto", "2"]),
+            (PROBE, &["auto", "2", "forced"]),
+            (CACHE, &["cache", "~/cache", "./cache"]),
             (CPU_ISA, &["sse2", "avx-512"]),
             (TORCH_CHUNK, &["0", "-1", "2.5", "1e3", "99999999999999999999"]),
             (V2_PREUSE, &["2", "maybe"]),

@@ -245,7 +245,7 @@ mod tests {
         assert_eq!(
             reasons,
             "    tensorops: needs tensors on an MPS device (4 call(s))\n    \
-             simdgroup: failed earlier in this process: no compiler (3 call(s))"
+             simdgroup: failed here: no compiler (3 call(s))"
         );
     }
 

@@ -19,6 +19,7 @@
 //! Every index is bound, as `torch.mps.compile_shader` takes arguments by position: q stands in for absent tensors, whose
 //! parameters the kernel does not have.
 
+use std::convert::Infallible;
 use std::f32::consts::LOG2_E;
 
 use mtlflashattn_core::{Alignment, Lengths, Problem, Strides};
@@ -102,6 +103,36 @@ impl<T: Clone> Tensors<T> {
             or_q(&self.bias),
             or_q(&self.sinks),
         ]
+    }
+}
+
+impl<T> Tensors<T> {
+    /// The same tensors in another form.
+    pub fn map<'a, U>(&'a self, mut each: impl FnMut(&'a T) -> U) -> Tensors<U> {
+        let Ok(mapped) = self.try_map(|tensor| Ok::<U, Infallible>(each(tensor)));
+        mapped
+    }
+
+    /// The same tensors in another form.
+    ///
+    /// # Errors
+    /// The first error of `each`.
+    pub fn try_map<'a, U, E>(&'a self, mut each: impl FnMut(&'a T) -> Result<U, E>) -> Result<Tensors<U>, E> {
+        let Self { q, k, v, out, lse, offsets, alibi_slopes, bias, sinks } = self;
+        Ok(Tensors {
+            q: each(q)?,
+            k: each(k)?,
+            v: each(v)?,
+            out: each(out)?,
+            lse: lse.as_ref().map(&mut each).transpose()?,
+            offsets: match offsets {
+                Some((query, key)) => Some((each(query)?, each(key)?)),
+                None => None,
+            },
+            alibi_slopes: alibi_slopes.as_ref().map(&mut each).transpose()?,
+            bias: bias.as_ref().map(&mut each).transpose()?,
+            sinks: sinks.as_ref().map(&mut each).transpose()?,
+        })
     }
 }
 

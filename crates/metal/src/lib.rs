@@ -6,6 +6,7 @@
 mod device;
 mod launch;
 pub mod native;
+pub mod probe;
 mod source;
 
 pub use device::{Argument, Device, DeviceError, Grid};

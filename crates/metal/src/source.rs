@@ -62,6 +62,31 @@ impl Features {
     }
 }
 
+impl Features {
+    /// The names of those that are on.
+    #[must_use]
+    pub fn names(&self) -> Vec<&'static str> {
+        let Self { packed, window_left, window_right, softcap, alibi, bias, sinks, lse, aligned } = *self;
+        let bias = bias.map(|kind| match kind {
+            BiasKind::Boolean => "mask",
+            BiasKind::Additive(Dtype::F32) => "float32 bias",
+            BiasKind::Additive(Dtype::F16) => "float16 bias",
+            BiasKind::Additive(Dtype::Bf16) => "bfloat16 bias",
+        });
+        let switches = [
+            (packed, "packed"),
+            (window_left, "window on the left"),
+            (window_right, "causal or window on the right"),
+            (softcap, "softcap"),
+            (alibi, "ALiBi"),
+            (sinks, "sinks"),
+            (lse, "LSE"),
+            (aligned, "aligned rows"),
+        ];
+        switches.into_iter().filter_map(|(on, name)| on.then_some(name)).chain(bias).collect()
+    }
+}
+
 /// A kernel variant. Equal variants have equal texts, so that this is the key of every cache of pipelines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]

@@ -128,7 +128,7 @@ pub fn _machine(py: Python<'_>) -> PyResult<MachineAnswer> {
 }
 
 /// The device that takes Metal kernels: that of MPS tensors where there are any, else what stands in for it.
-fn metal_device(py: Python<'_>, resolved: &settings::Resolved) -> Result<Option<MetalDevice>> {
+pub fn metal_device(py: Python<'_>, resolved: &settings::Resolved) -> Result<Option<MetalDevice>> {
     let mps = py.import("torch")?.getattr("backends")?.getattr("mps")?.call_method0("is_available")?;
     Ok(resolved.metal_device(if mps.is_truthy()? { Place::Mps } else { Place::Cpu }))
 }

@@ -167,14 +167,14 @@ fn execute_on_metal<'py>(
             none => none.insert(self::operands(call, &results)?),
         };
         let kernel = kernel.aligned(problem, device.starts(operands)?);
-        match device.attend(py, problem, &kernel, operands, settings.probe) {
+        match device.attend(py, problem, &kernel, operands, settings) {
             Ok(()) => break,
             Err(Fault::Raised(error)) => return Err(error),
             Err(fault) => {
                 demotions.demote(plan.tier, fault.reason());
                 let planner = Planner { demotions: &demotions, ..Planner::new(Device::Metal(gpu), settings) };
                 let next = planner.plan(problem)?;
-                metal::warn(py, problem, plan.tier, fault.reason(), next.tier)?;
+                metal::warn(py, problem, plan.tier, &fault, next.tier)?;
                 plan = next;
             }
         }

@@ -3,6 +3,7 @@
 use std::sync::Mutex;
 use std::sync::PoisonError;
 
+use mtlflashattn_cache::Machine;
 use mtlflashattn_core::plan::{Chip, Gpu, Version};
 use pyo3::prelude::*;
 
@@ -19,9 +20,7 @@ pub fn of_torch(py: Python<'_>) -> PyResult<Gpu> {
     // Asking runs Python code, so the lock must not be held.
     let torch = py.import("torch")?;
     let mps = torch.getattr("backends")?.getattr("mps")?;
-    // Both exist since torch 2.9.
-    let name = ask(&mps, "get_name").or_else(|| sysctl(c"machdep.cpu.brand_string"));
-    let chip = name.map_or(Chip::Unknown, |name| Chip::from_name(&name));
+    let chip = name(&mps).map_or(Chip::Unknown, |name| Chip::from_name(&name));
     let cores = ask(&mps, "get_core_count").and_then(|count| count.parse().ok());
     let version = torch.getattr("__version__")?.str()?.to_string();
     let gpu = Gpu {
@@ -32,6 +31,27 @@ pub fn of_torch(py: Python<'_>) -> PyResult<Gpu> {
     };
     *GPU.lock().unwrap_or_else(PoisonError::into_inner) = Some(gpu);
     Ok(gpu)
+}
+
+/// Everything that verdicts on kernels depend on, to the last digit of each version.
+pub fn machine(py: Python<'_>) -> PyResult<Machine> {
+    let torch = py.import("torch")?;
+    let mps = torch.getattr("backends")?.getattr("mps")?;
+    let name = name(&mps).unwrap_or_else(|| "unknown GPU".into());
+    let cores = ask(&mps, "get_core_count").map_or_else(String::new, |cores| format!(", {cores} cores"));
+    // Builds of one version differ, in betas above all.
+    let build = sysctl(c"kern.osversion").map_or_else(String::new, |build| format!(" ({build})"));
+    Ok(Machine {
+        gpu: format!("{name}{cores}"),
+        os: format!("macOS {}{build}", macos_text(py)?),
+        torch: torch.getattr("__version__")?.str()?.to_string(),
+        package: env!("CARGO_PKG_VERSION").into(),
+    })
+}
+
+/// Name of the GPU. torch tells it since 2.9, as it does the number of cores.
+fn name(mps: &Bound<'_, PyAny>) -> Option<String> {
+    ask(mps, "get_name").or_else(|| sysctl(c"machdep.cpu.brand_string"))
 }
 
 /// Asks again at the next call.
@@ -46,11 +66,14 @@ fn ask(module: &Bound<'_, PyAny>, function: &str) -> Option<String> {
 
 /// The version of macOS. `platform.mac_ver` tells programs that were built for an older macOS an older version.
 fn macos(py: Python<'_>) -> PyResult<Version> {
-    let text = match sysctl(c"kern.osproductversion") {
-        Some(text) => text,
-        None => py.import("platform")?.getattr("mac_ver")?.call0()?.get_item(0)?.extract()?,
-    };
-    Ok(Version::parse("macos", &text).unwrap_or(OLDEST_MACOS))
+    Ok(Version::parse("macos", &macos_text(py)?).unwrap_or(OLDEST_MACOS))
+}
+
+fn macos_text(py: Python<'_>) -> PyResult<String> {
+    match sysctl(c"kern.osproductversion") {
+        Some(text) => Ok(text),
+        None => py.import("platform")?.getattr("mac_ver")?.call0()?.get_item(0)?.extract(),
+    }
 }
 
 /// A text that the kernel of macOS knows under `name`.

@@ -10,6 +10,7 @@ mod doctor;
 mod environment;
 mod error;
 mod execute;
+mod first_use;
 mod form;
 mod forward;
 mod gpu;
@@ -21,11 +22,13 @@ mod operator;
 mod plan;
 mod plans;
 mod probe;
+mod probes;
 mod settings;
 mod simulated;
 mod tensor;
 mod torch;
 mod trace;
+mod verdicts;
 
 use pyo3::prelude::*;
 
@@ -48,6 +51,8 @@ mod _native {
     use super::metal::_forget_kernels;
     #[pymodule_export]
     use super::plan::{Plan, plan};
+    #[pymodule_export]
+    use super::probes::_probes;
     #[pymodule_export]
     use super::settings::{_pretend_mps, sdpa_settings};
     #[pymodule_export]

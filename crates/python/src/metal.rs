@@ -1,22 +1,24 @@
 //! The Metal tiers on a device: compile and prove a kernel once, dispatch it, and say what a later tier has to make good.
 
+use std::borrow::Cow;
 use std::ffi::CString;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
+use mtlflashattn_cache::Machine;
 use mtlflashattn_core::plan::Gpu;
-use mtlflashattn_core::{Plan, Problem, Strides, Tier};
+use mtlflashattn_core::{Plan, Problem, Settings, Strides, Tier};
 use mtlflashattn_metal::{Device, DeviceError, Kernel, Launch, LseStrides, Outputs, Tensors as LaunchTensors};
 use pyo3::exceptions::PyRuntimeWarning;
 use pyo3::intern;
 use pyo3::prelude::*;
 
 use crate::error::Error;
-use crate::gpu;
-use crate::kernels::{Kernels, State};
+use crate::kernels::{Kernels, Refusal, Scope, State};
 use crate::mps::{Mps, MpsPipeline};
-use crate::probe;
 use crate::simulated::Simulated;
 use crate::tensor::View;
+use crate::verdicts::{Known, Verdicts};
+use crate::{first_use, gpu};
 
 /// Which device computes by Metal kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,11 +51,11 @@ impl MetalDevice {
         problem: &Problem,
         kernel: &Kernel,
         operands: &Operands<'py>,
-        check: bool,
+        settings: &Settings,
     ) -> Result<(), Fault> {
         match self {
-            Self::Mps => attend(&Mps::new(py), problem, kernel, operands, check),
-            Self::Simulator => attend(&Simulated::new(py), problem, kernel, operands, check),
+            Self::Mps => attend(&Mps::new(py), problem, kernel, operands, settings),
+            Self::Simulator => attend(&Simulated::new(py), problem, kernel, operands, settings),
         }
     }
 
@@ -72,12 +74,28 @@ impl MetalDevice {
         Ok([start(&operands.q)?, start(&operands.k)?, start(&operands.v)?])
     }
 
-    /// Why the device refuses `kernel`, if it has done so before.
-    pub fn refusal(self, kernel: &Kernel) -> Option<Arc<str>> {
+    /// Why the device refuses `kernel`, as far as this or an earlier process knows.
+    pub fn refusal(self, py: Python<'_>, kernel: &Kernel, settings: &Settings) -> PyResult<Option<Refusal>> {
         match self {
-            Self::Mps => Mps::kernels().get(kernel)?.refusal(),
-            Self::Simulator => Simulated::kernels().get(kernel)?.refusal(),
+            Self::Mps => refusal_on(&Mps::new(py), kernel, settings),
+            Self::Simulator => refusal_on(&Simulated::new(py), kernel, settings),
         }
+    }
+
+    /// What is known of the kernels of this device.
+    pub fn known(self, py: Python<'_>, settings: &Settings) -> PyResult<Known> {
+        match self {
+            Self::Mps => Mps::verdicts().all(settings, || Mps::new(py).machine()),
+            Self::Simulator => Simulated::verdicts().all(settings, || Simulated::new(py).machine()),
+        }
+    }
+}
+
+fn refusal_on<'py, H: Home<'py>>(home: &H, kernel: &Kernel, settings: &Settings) -> PyResult<Option<Refusal>> {
+    match H::kernels().get(kernel, settings.probe) {
+        Some(State::Refused(refusal)) => Ok(Some(refusal)),
+        Some(State::Ready(_)) => Ok(None),
+        None => first_use::known_refusal(home, kernel, settings),
     }
 }
 
@@ -85,6 +103,18 @@ impl MetalDevice {
 pub trait Home<'py>: Device<Pipeline: 'static> {
     /// Where its compiled kernels are kept.
     fn kernels() -> &'static Kernels<Kernel, Self::Pipeline>;
+
+    /// What is known of its kernels.
+    fn verdicts() -> &'static Verdicts;
+
+    /// What verdicts on its kernels depend on.
+    fn machine(&self) -> PyResult<Machine>;
+
+    /// What a pipeline says of itself: on an M1 or M2 it tells how many registers its threads have.
+    fn max_threads(&self, pipeline: &Self::Pipeline) -> Option<u32>;
+
+    /// Waits for everything that was dispatched; raises what went wrong with it.
+    fn finish(&self) -> PyResult<()>;
 
     /// The memory of a tensor that is not empty.
     fn buffer(&self, tensor: &Operand<'py>) -> Self::Buffer;
@@ -97,6 +127,24 @@ impl<'py> Home<'py> for Mps<'py> {
     fn kernels() -> &'static Kernels<Kernel, MpsPipeline> {
         static KERNELS: Kernels<Kernel, MpsPipeline> = Kernels::new();
         &KERNELS
+    }
+
+    fn verdicts() -> &'static Verdicts {
+        static VERDICTS: Verdicts = Verdicts::new();
+        &VERDICTS
+    }
+
+    fn machine(&self) -> PyResult<Machine> {
+        gpu::machine(self.py())
+    }
+
+    fn max_threads(&self, pipeline: &MpsPipeline) -> Option<u32> {
+        pipeline.max_threads(self.py())
+    }
+
+    fn finish(&self) -> PyResult<()> {
+        self.py().import("torch.mps")?.call_method0("synchronize")?;
+        Ok(())
     }
 
     fn buffer(&self, tensor: &Operand<'py>) -> Bound<'py, PyAny> {
@@ -121,7 +169,7 @@ pub type Operands<'py> = LaunchTensors<Operand<'py>>;
 /// Why a tier did not serve a call that was planned for it.
 pub enum Fault {
     /// The device refuses the kernel, now and later.
-    Refused(Arc<str>),
+    Refused(Refusal),
     /// This call failed; the next one may not.
     Failed(String),
     /// Python raised what no device means: Ctrl-C, for example.
@@ -129,12 +177,31 @@ pub enum Fault {
 }
 
 impl Fault {
-    /// What the device said; empty for what it did not say.
-    pub fn reason(&self) -> &str {
+    /// Why, in words; empty for what no device said.
+    pub fn reason(&self) -> String {
         match self {
-            Self::Refused(reason) => reason,
-            Self::Failed(reason) => reason,
-            Self::Raised(_) => "",
+            Self::Refused(refusal) => refusal.to_string(),
+            Self::Failed(reason) => reason.clone(),
+            Self::Raised(_) => String::new(),
+        }
+    }
+}
+
+/// Why a device did not do what it was asked to.
+pub enum Objection {
+    /// It said something against the kernel.
+    Kernel(String),
+    /// Nothing that is the kernel's fault.
+    Other(Fault),
+}
+
+impl Objection {
+    /// Short memory may be there again at the next call; an exception that interrupted the device is handed on.
+    pub fn new<'py, H: Home<'py>>(home: &H, error: DeviceError) -> Self {
+        match (home.interruption(), error) {
+            (Some(exception), _) => Self::Other(exception.into()),
+            (None, DeviceError::Memory(reason)) => Self::Other(Fault::Failed(format!("out of memory: {reason}"))),
+            (None, error) => Self::Kernel(error.to_string()),
         }
     }
 }
@@ -163,101 +230,71 @@ pub fn kernel_of(plan: &Plan, problem: &Problem, want_lse: bool) -> Option<Kerne
     }
 }
 
-/// Why `device` refuses a kernel of `plan`, with or without LSE, aligned or not, if it has done so before.
-pub fn refusal(device: MetalDevice, plan: &Plan, problem: &Problem) -> Option<Arc<str>> {
-    [false, true].into_iter().find_map(|want_lse| {
-        let kernel = kernel_of(plan, problem, want_lse)?;
-        device.refusal(&kernel).or_else(|| device.refusal(&kernel.aligned(problem, [0; 3])))
-    })
+/// Why `device` refuses a kernel of `plan`, with or without LSE, aligned or not, as far as this or an earlier process knows.
+pub fn refusal(
+    py: Python<'_>,
+    device: MetalDevice,
+    plan: &Plan,
+    problem: &Problem,
+    settings: &Settings,
+) -> PyResult<Option<Refusal>> {
+    for want_lse in [false, true] {
+        let Some(kernel) = kernel_of(plan, problem, want_lse) else { return Ok(None) };
+        for kernel in [kernel, kernel.aligned(problem, [0; 3])] {
+            if let Some(refusal) = device.refusal(py, &kernel, settings)? {
+                return Ok(Some(refusal));
+            }
+        }
+    }
+    Ok(None)
 }
 
 /// Computes `problem` by `kernel`. Nothing is copied and nothing is waited for, but at the first use of a kernel, which
-/// proves itself where `check` asks for it.
+/// proves itself as `settings` ask for.
 pub fn attend<'py, H: Home<'py>>(
     home: &H,
     problem: &Problem,
     kernel: &Kernel,
     operands: &Operands<'py>,
-    check: bool,
+    settings: &Settings,
 ) -> Result<(), Fault> {
-    let pipeline = match H::kernels().get(kernel) {
+    let pipeline = match H::kernels().get(kernel, settings.probe) {
         Some(State::Ready(pipeline)) => pipeline,
-        Some(State::Refused(reason)) => return Err(Fault::Refused(reason)),
-        None => first_use(home, problem, kernel, operands, check)?,
+        Some(State::Refused(refusal)) => return Err(Fault::Refused(refusal)),
+        None => first_use::prepare(home, kernel, &operands.q.object, settings)?,
     };
-    dispatch(home, problem, kernel, &pipeline, operands)
-}
-
-fn first_use<'py, H: Home<'py>>(
-    home: &H,
-    problem: &Problem,
-    kernel: &Kernel,
-    operands: &Operands<'py>,
-    check: bool,
-) -> Result<Arc<H::Pipeline>, Fault> {
-    let pipeline = home.pipeline(&kernel.source(), kernel.entry()).map_err(|error| fault(home, kernel, error))?;
-    if check {
-        let run = |problem: &Problem, operands: &Operands<'py>| dispatch(home, problem, kernel, &pipeline, operands);
-        if let Some(wrong) = probe::check(problem, kernel, &operands.q.object, run)? {
-            return Err(refuse::<H>(kernel, wrong));
+    dispatch(home, problem, kernel, &pipeline, operands).map_err(|objection| match objection {
+        Objection::Kernel(reason) => {
+            let refusal = Refusal { reason: reason.into(), scope: Scope::Process, is_news: true };
+            H::kernels().insert(*kernel, State::Refused(refusal.clone()), settings.probe);
+            Fault::Refused(refusal)
         }
-    }
-    let pipeline = Arc::new(pipeline);
-    H::kernels().insert(*kernel, State::Ready(Arc::clone(&pipeline)));
-    Ok(pipeline)
+        Objection::Other(fault) => fault,
+    })
 }
 
-fn dispatch<'py, H: Home<'py>>(
+/// Launches `kernel`.
+pub fn dispatch<'py, H: Home<'py>>(
     home: &H,
     problem: &Problem,
     kernel: &Kernel,
     pipeline: &H::Pipeline,
     operands: &Operands<'py>,
-) -> Result<(), Fault> {
+) -> Result<(), Objection> {
     let outputs = Outputs {
         out: Strides::of(&operands.out.view.meta(problem.dtype)),
         lse: operands.lse.is_some().then(|| LseStrides::contiguous(problem)),
     };
-    let launch = Launch::new(problem, kernel, &outputs).map_err(|error| Fault::Failed(error.to_string()))?;
+    let launch =
+        Launch::new(problem, kernel, &outputs).map_err(|error| Objection::Other(Fault::Failed(error.to_string())))?;
     if launch.is_empty() {
         return Ok(());
     }
     // A tensor without elements has no memory to bind, and nobody reads it.
     let buffer = |operand: &Operand<'py>| home.buffer(if operand.view.is_empty() { &operands.out } else { operand });
-    let buffers = map(operands, buffer);
-    let arguments = launch.arguments(&map(&buffers, |buffer| buffer));
-    home.dispatch(pipeline, &arguments, launch.grid).map_err(|error| fault(home, kernel, error))
-}
-
-fn map<'a, T, U>(tensors: &'a LaunchTensors<T>, each: impl Fn(&'a T) -> U) -> LaunchTensors<U> {
-    let LaunchTensors { q, k, v, out, lse, offsets, alibi_slopes, bias, sinks } = tensors;
-    LaunchTensors {
-        q: each(q),
-        k: each(k),
-        v: each(v),
-        out: each(out),
-        lse: lse.as_ref().map(&each),
-        offsets: offsets.as_ref().map(|(query, key)| (each(query), each(key))),
-        alibi_slopes: alibi_slopes.as_ref().map(&each),
-        bias: bias.as_ref().map(&each),
-        sinks: sinks.as_ref().map(&each),
-    }
-}
-
-/// What becomes of a kernel after `error`: it serves no more, but where memory was short, which may be there again at
-/// the next call.
-fn fault<'py, H: Home<'py>>(home: &H, kernel: &Kernel, error: DeviceError) -> Fault {
-    match (home.interruption(), error) {
-        (Some(exception), _) => exception.into(),
-        (None, DeviceError::Memory(reason)) => Fault::Failed(format!("out of memory: {reason}")),
-        (None, error) => refuse::<H>(kernel, error.to_string()),
-    }
-}
-
-fn refuse<'py, H: Home<'py>>(kernel: &Kernel, reason: String) -> Fault {
-    let reason: Arc<str> = reason.into();
-    H::kernels().insert(*kernel, State::Refused(Arc::clone(&reason)));
-    Fault::Refused(reason)
+    let buffers = operands.map(buffer);
+    let arguments = launch.arguments(&buffers.map(|buffer| buffer));
+    home.dispatch(pipeline, &arguments, launch.grid).map_err(|error| Objection::new(home, error))
 }
 
 /// The tiers that somebody was warned about.
@@ -265,8 +302,11 @@ static WARNED: Mutex<Vec<Tier>> = Mutex::new(Vec::new());
 /// Longest part of a compiler's log that a warning quotes.
 const MAX_QUOTED: usize = 1000;
 
-/// Warns, once for each tier, that `next` serves in its place.
-pub fn warn(py: Python<'_>, problem: &Problem, tier: Tier, reason: &str, next: Tier) -> PyResult<()> {
+/// Warns, once for each tier, that `next` serves in its place. What an earlier process has found out, it has told.
+pub fn warn(py: Python<'_>, problem: &Problem, tier: Tier, fault: &Fault, next: Tier) -> PyResult<()> {
+    if matches!(fault, Fault::Refused(Refusal { is_news: false, .. })) {
+        return Ok(());
+    }
     {
         let mut warned = WARNED.lock().unwrap_or_else(PoisonError::into_inner);
         if warned.contains(&tier) {
@@ -274,9 +314,9 @@ pub fn warn(py: Python<'_>, problem: &Problem, tier: Tier, reason: &str, next: T
         }
         warned.push(tier);
     }
-    let reason = match reason.char_indices().nth(MAX_QUOTED) {
-        Some((end, _)) => format!("{} [...]", &reason[..end]),
-        None => reason.to_owned(),
+    let reason = match fault {
+        Fault::Refused(Refusal { reason, scope, .. }) => format!("{}; {scope}", beginning(reason, MAX_QUOTED)),
+        fault => beginning(&fault.reason(), MAX_QUOTED).into_owned(),
     };
     let Problem { dtype, head_dim, .. } = problem;
     let text = format!(
@@ -286,11 +326,21 @@ pub fn warn(py: Python<'_>, problem: &Problem, tier: Tier, reason: &str, next: T
     PyErr::warn(py, &py.get_type::<PyRuntimeWarning>(), &CString::new(text.replace('\0', " "))?, 2)
 }
 
-/// Forgets every kernel, every refusal and what is known of the GPU: for tests that change the device.
+/// A text, or as much of it as `most` characters, marked where it was cut off.
+pub fn beginning(text: &str, most: usize) -> Cow<'_, str> {
+    match text.char_indices().nth(most) {
+        Some((end, _)) => format!("{} [...]", &text[..end]).into(),
+        None => text.into(),
+    }
+}
+
+/// Forgets every kernel, every verdict that no file holds, and what is known of the GPU: for tests that change the device.
 #[pyfunction]
 pub fn _forget_kernels() {
     Mps::kernels().clear();
+    Mps::verdicts().clear();
     Simulated::kernels().clear();
+    Simulated::verdicts().clear();
     gpu::forget();
     WARNED.lock().unwrap_or_else(PoisonError::into_inner).clear();
 }

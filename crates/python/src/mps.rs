@@ -41,6 +41,14 @@ impl MpsPipeline {
         }
     }
 
+    /// `max_threads_per_threadgroup` of the pipeline, where this torch tells it.
+    pub fn max_threads(&self, py: Python<'_>) -> Option<u32> {
+        let kernel = self.kernel(py).ok()?;
+        let most = kernel.getattr(intern!(py, "max_threads_per_threadgroup")).and_then(|most| most.extract());
+        self.give_back(kernel);
+        most.ok()
+    }
+
     fn give_back(&self, kernel: Bound<'_, PyAny>) {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(kernel.unbind());
     }
@@ -49,6 +57,10 @@ impl MpsPipeline {
 impl<'py> Mps<'py> {
     pub const fn new(py: Python<'py>) -> Self {
         Self { py, interrupted: Cell::new(None) }
+    }
+
+    pub const fn py(&self) -> Python<'py> {
+        self.py
     }
 
     /// The exception that interrupted the last operation, if one did.

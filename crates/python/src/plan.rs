@@ -104,11 +104,15 @@ pub fn plan<'py>(
         let (plan, passed_over) = loop {
             let planner = Planner { demotions: &demotions, ..Planner::new(device, &settings.values) };
             let plan = planner.plan(&problem)?;
-            let Some(reason) = metal.and_then(|metal| metal::refusal(metal, &plan, &problem)) else {
+            let refusal = match metal {
+                Some(metal) => metal::refusal(py, metal, &plan, &problem, &settings.values)?,
+                None => None,
+            };
+            let Some(refusal) = refusal else {
                 let passed_over = planner.passed_over(&problem, &plan);
                 break (plan, passed_over);
             };
-            demotions.demote(plan.tier, &*reason);
+            demotions.demote(plan.tier, refusal.to_string());
         };
         Ok(Plan::new(plan.tier, plan.cpu.is_some().then(|| isa.name()), &passed_over))
     })

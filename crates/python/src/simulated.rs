@@ -1,7 +1,9 @@
 //! The simulator as a device for CPU tensors, and as what a stand-in for torch's MPS half is made of.
 
+use std::env;
 use std::sync::LazyLock;
 
+use mtlflashattn_cache::Machine;
 use mtlflashattn_metal::{Argument, Device, DeviceError, Grid, Kernel};
 use mtlflashattn_simulator::{Buffer, Launch, Layer, Options, Pipeline, Simulator};
 use pyo3::exceptions::{PyMemoryError, PyRuntimeError, PySyntaxError};
@@ -10,6 +12,7 @@ use pyo3::types::PyBytes;
 
 use crate::kernels::Kernels;
 use crate::metal::{Home, Operand};
+use crate::verdicts::Verdicts;
 
 static SIMULATOR: LazyLock<Simulator> = LazyLock::new(|| Simulator::new(Options::new(Layer::Fast)));
 
@@ -82,6 +85,27 @@ impl<'py> Home<'py> for Simulated<'py> {
     fn kernels() -> &'static Kernels<Kernel, Pipeline> {
         static KERNELS: Kernels<Kernel, Pipeline> = Kernels::new();
         &KERNELS
+    }
+
+    fn verdicts() -> &'static Verdicts {
+        static VERDICTS: Verdicts = Verdicts::new();
+        &VERDICTS
+    }
+
+    fn machine(&self) -> PyResult<Machine> {
+        let torch = self.0.import("torch")?.getattr("__version__")?.str()?.to_string();
+        let os = format!("{} {}", env::consts::OS, env::consts::ARCH);
+        let gpu = format!("simulator {}", mtlflashattn_simulator::identity());
+        Ok(Machine { gpu, os, torch, package: env!("CARGO_PKG_VERSION").into() })
+    }
+
+    fn max_threads(&self, pipeline: &Pipeline) -> Option<u32> {
+        Some(pipeline.max_threads_per_threadgroup())
+    }
+
+    /// Launches end before they return.
+    fn finish(&self) -> PyResult<()> {
+        Ok(())
     }
 
     fn buffer(&self, operand: &Operand<'py>) -> Memory {

@@ -3,7 +3,7 @@
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{IntoPyDict, PyDict, PyList, PyTuple, PyType};
+use pyo3::types::{IntoPyDict, PyByteArray, PyTuple, PyType};
 
 use crate::dlpack::Exchange;
 
@@ -108,20 +108,15 @@ impl Torch {
         like.call_method(intern!(py, "new_empty"), arguments, Some(&keywords))
     }
 
-    /// A tensor of `values` in `dtype` and `shape` on the device of `like`, whatever the default device is.
-    pub fn tensor<'py>(
-        like: &Bound<'py, PyAny>,
-        values: &[f64],
-        dtype: &str,
-        shape: &[usize],
-    ) -> PyResult<Bound<'py, PyAny>> {
+    /// A tensor of `values`, which must not be empty, in `dtype` on the device of `like`, whatever the default device is.
+    pub fn vector<'py>(like: &Bound<'py, PyAny>, values: &[f64], dtype: &str) -> PyResult<Bound<'py, PyAny>> {
         let py = like.py();
         let torch = py.import("torch")?;
-        let keywords = PyDict::new(py);
-        keywords.set_item("dtype", torch.getattr(dtype)?)?;
-        keywords.set_item("device", "cpu")?;
-        let flat = torch.call_method("tensor", (PyList::new(py, values)?,), Some(&keywords))?;
-        flat.call_method1("view", (PyTuple::new(py, shape)?,))?.call_method1("to", (like.getattr("device")?,))
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_ne_bytes()).collect();
+        let keywords = [("dtype", torch.getattr("float64")?)].into_py_dict(py)?;
+        let here = torch.call_method("frombuffer", (PyByteArray::new(py, &bytes),), Some(&keywords))?;
+        // In this order: an Apple GPU has no float64.
+        here.call_method1("to", (torch.getattr(dtype)?,))?.call_method1("to", (like.getattr("device")?,))
     }
 
     /// The elements of a tensor of any device.

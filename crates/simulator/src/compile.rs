@@ -381,10 +381,18 @@ pub fn cache_folder(options: &Options) -> PathBuf {
 fn toolchain_key(clang: &Clang) -> &'static str {
     static KEY: OnceLock<String> = OnceLock::new();
     KEY.get_or_init(|| {
-        let mut parts = vec![clang.version.as_str()];
+        let mut parts = vec![clang.version.as_str(), identity()];
         parts.extend(machine_flags());
-        // What the driver makes of a text changes with the driver.
-        parts.extend([include_str!("rewrite.rs"), include_str!("token.rs"), include_str!("compile.rs")]);
+        key(&parts)
+    })
+}
+
+/// Stands for this simulator: changes with the headers, the runtime and what becomes of a text before it is compiled.
+#[must_use]
+pub fn identity() -> &'static str {
+    static KEY: OnceLock<String> = OnceLock::new();
+    KEY.get_or_init(|| {
+        let mut parts = vec![include_str!("rewrite.rs"), include_str!("token.rs"), include_str!("compile.rs")];
         parts.extend(FILES.iter().flat_map(|(path, contents)| [*path, *contents]));
         key(&parts)
     })

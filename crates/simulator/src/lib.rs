@@ -54,6 +54,7 @@ mod tensor_ops;
 mod token;
 
 pub use buffer::{Buffer, Element};
+pub use compile::identity;
 pub use dispatch::{Launch, Pipeline, Simulator};
 pub use options::{Layer, Options};
 pub use parallel::run_many;

@@ -25,6 +25,13 @@ pub const CLASSES: [(usize, usize); 10] = [
     (MOST_HALVES, 384),
 ];
 
+/// Most 16-bit registers of a thread where a core holds `threads`, as `max_threads_per_threadgroup` tells on an M1 or M2;
+/// `None` for a number that no class has.
+#[must_use]
+pub fn registers_of(threads: usize) -> Option<usize> {
+    CLASSES.iter().find(|&&(_, class)| class == threads).map(|&(halves, _)| halves)
+}
+
 /// Threadgroup memory that one threadgroup may have, in bytes.
 pub const THREADGROUP_MEMORY: usize = 32 * 1024;
 /// Threadgroup memory is handed out in units of this many bytes.
@@ -170,6 +177,13 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn threads_tell_the_class_of_registers() {
+        assert_eq!(registers_of(1024), Some(104));
+        assert_eq!(registers_of(384), Some(MOST_HALVES));
+        assert_eq!(registers_of(1000), None);
+    }
 
     fn class(threads: usize) -> usize {
         CLASSES.iter().position(|&(_, class)| class == threads).unwrap()

@@ -66,7 +66,7 @@ pub enum Reason {
     },
     /// A sequence or a head dimension is longer than kernels can count.
     TooLong(usize),
-    /// The tier failed on this machine earlier in this process.
+    /// The tier failed on this machine.
     Demoted(String),
     /// The tier computes no gradients.
     NoBackward,
@@ -122,7 +122,7 @@ impl fmt::Display for Reason {
             Self::TooLong(len) => {
                 write!(f, "a length or head dimension of {len}, and Metal kernels take at most {MAX_LEN}")
             }
-            Self::Demoted(failure) => write!(f, "failed earlier in this process: {failure}"),
+            Self::Demoted(failure) => write!(f, "failed here: {failure}"),
             Self::NoBackward => f.write_str("has no backward pass"),
             Self::NoBiasGradient => f.write_str("computes no gradient of a bias"),
             Self::After(tier) => write!(f, "{tier} comes before it and serves this call"),

@@ -432,11 +432,11 @@ fn a_demoted_tier_makes_room_for_the_next() {
     assert!(!demotions.demote(Tier::Torch, "never"));
     let (plan, reasons) = auto_on(M1, &prefill(), &demotions);
     assert_eq!(plan, Plan::of(Tier::Torch));
-    assert_eq!(reasons[2], (Tier::Simdgroup, "failed earlier in this process: the compiler refused it".to_owned()));
+    assert_eq!(reasons[2], (Tier::Simdgroup, "failed here: the compiler refused it".to_owned()));
     let settings = forced("v1");
     let planner = Planner { demotions: &demotions, ..planner(Device::Metal(M1), &settings) };
     let error = planner.plan(&prefill()).unwrap_err().to_string();
-    assert!(error.contains("v1 for this call (simdgroup: failed earlier in this process: the compiler"), "{error}");
+    assert!(error.contains("v1 for this call (simdgroup: failed here: the compiler"), "{error}");
 }
 
 #[test]

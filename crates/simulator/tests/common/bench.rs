@@ -96,7 +96,7 @@ fn buffers(bytes: &Tensors<Vec<u8>>) -> Result<Tensors<Buffer>, DeviceError> {
     })
 }
 
-fn borrowed(tensors: &Tensors<Buffer>) -> Tensors<&Buffer> {
+pub fn borrowed(tensors: &Tensors<Buffer>) -> Tensors<&Buffer> {
     Tensors {
         q: &tensors.q,
         k: &tensors.k,

@@ -5,6 +5,7 @@
 pub mod bench;
 pub mod far;
 pub mod peer;
+pub mod small;
 pub mod variants;
 
 use half::{bf16, f16};
