@@ -3,8 +3,8 @@
 //! They depend on the kernel alone, so that one verdict holds for all calls. Together they have every feature of the kernel
 //! and the cases in which kernels go wrong: more rows than one threadgroup holds, and fewer; whole blocks of keys with a
 //! tail, one tail alone; rows without keys; windows that hide whole blocks; shared key heads; sequences of no rows; both
-//! alignments; rows, heads and sequences in either order of memory; broadcast biases; a negative scale. What lies between
-//! and behind the rows of the tensors is NaN, and so is what was never written.
+//! alignments; rows, heads and sequences in either order of memory; broadcast and transposed biases; a sink that is none;
+//! a negative scale. What lies between and behind the rows of the tensors is NaN, and so is what was never written.
 
 use mtlflashattn_core::reference::{self, Forward, ReferenceInputs, bounds};
 use mtlflashattn_core::{Alignment, BiasKind, Dtype, Error, Options, Problem, TensorMeta};
@@ -122,11 +122,14 @@ struct Case {
     left: Len,
     right: i64,
     alignment: Alignment,
+    /// About three times the largest scores: at 6 neither all keys are alike nor does one stand alone.
     scale: f64,
     /// Whether the ALiBi slopes differ between sequences.
     alibi_batch: bool,
     /// Dimensions of the bias that are not broadcast.
     bias: [bool; 4],
+    /// Whether the queries of the bias are neighbours, and not its keys.
+    bias_transposed: bool,
 }
 
 /// A length: so many rows of a threadgroup, so many blocks of keys, and a rest.
@@ -147,7 +150,8 @@ impl Len {
 }
 
 const CASES: [Case; 3] = [
-    // Two threadgroups of rows, the second nearly empty; whole blocks and a tail; causal, with blocks hidden on the left.
+    // Two threadgroups of rows, the second nearly empty; whole blocks and a tail; causal, with blocks hidden on the
+    // left. Scores differ so much that the maximum moves from block to block.
     Case {
         query_lens: &[len(1, 0, 5), len(0, 0, 0), len(0, 0, 2)],
         batch: 1,
@@ -158,9 +162,10 @@ const CASES: [Case; 3] = [
         left: len(0, 1, 3),
         right: 0,
         alignment: Alignment::BottomRight,
-        scale: 6.0,
+        scale: 20.0,
         alibi_batch: true,
         bias: [true; 4],
+        bias_transposed: false,
     },
     // A few rows against one block and one key more, in sequences whose heads lie apart.
     Case {
@@ -172,10 +177,11 @@ const CASES: [Case; 3] = [
         heads_first: true,
         left: len(0, 0, 5),
         right: 2,
-        alignment: Alignment::BottomRight,
+        alignment: Alignment::TopLeft,
         scale: 6.0,
         alibi_batch: true,
         bias: [true, false, false, true],
+        bias_transposed: false,
     },
     // More rows than keys, which are fewer than a block.
     Case {
@@ -187,10 +193,11 @@ const CASES: [Case; 3] = [
         heads_first: false,
         left: len(0, 0, 2),
         right: 1,
-        alignment: Alignment::TopLeft,
+        alignment: Alignment::BottomRight,
         scale: -6.0,
         alibi_batch: false,
         bias: [false, true, true, true],
+        bias_transposed: true,
     },
 ];
 
@@ -230,20 +237,25 @@ impl SmallProblem {
         let v = some(dtype, keys.rows * key_heads * value_dim);
         let needs_aligned = kernel.features.aligned || kernel.reads_whole_blocks();
         let gap = if needs_aligned { GAPS[0] } else { GAPS[1] };
-        let layout = Layout { packed, heads_first: case.heads_first, gap };
-        let place = |values: &[f64], sequences: &Sequences, heads: usize, dim: usize| {
+        let place = |values: &[f64], sequences: &Sequences, heads: usize, dim: usize, heads_first: bool| {
             let batch = if packed { 1 } else { batch };
+            let layout = Layout { packed, heads_first, gap };
             Memory::laid_out(dtype, values, [batch, sequences.rows / batch, heads, dim], &layout)
         };
         let float = Element::Float(Dtype::F32);
         let bias_shape = [batch, heads, queries.longest, keys.longest];
-        let stored_bias = bias.map(|kind| stored_bias(kind, case.bias, bias_shape, &mut some));
+        let stored_bias = bias.map(|kind| stored_bias(kind, case, bias_shape, &mut some));
         let slopes_shape = if case.alibi_batch { vec![batch as i64, heads as i64] } else { vec![heads as i64] };
         let slopes = alibi.then(|| {
             let values = some(Dtype::F32, slopes_shape.iter().product::<i64>() as usize);
             Memory::contiguous(float, values, slopes_shape)
         });
-        let sinks = sinks.then(|| Memory::contiguous(float, some(Dtype::F32, heads), vec![heads as i64]));
+        let sinks = sinks.then(|| {
+            let mut values = some(Dtype::F32, heads);
+            // That is no sink.
+            values[0] = f64::NEG_INFINITY;
+            Memory::contiguous(float, values, vec![heads as i64])
+        });
         let lse_shape = if packed { vec![heads, queries.rows] } else { vec![batch, heads, queries.longest] };
         let nans = |count: usize| vec![f64::NAN; count];
         let unwritten = |shape: &[usize]| {
@@ -251,10 +263,11 @@ impl SmallProblem {
             Memory::contiguous(float, nans(shape.iter().product()), signed)
         };
         let tensors = Tensors {
-            q: place(&q, &queries, heads, head_dim),
-            k: place(&k, &keys, key_heads, head_dim),
-            v: place(&v, &keys, key_heads, value_dim),
-            out: place(&nans(queries.rows * heads * value_dim), &queries, heads, value_dim),
+            q: place(&q, &queries, heads, head_dim, case.heads_first),
+            k: place(&k, &keys, key_heads, head_dim, case.heads_first),
+            v: place(&v, &keys, key_heads, value_dim, case.heads_first),
+            // The other way round, so that nobody takes the strides of q for those of out.
+            out: place(&nans(queries.rows * heads * value_dim), &queries, heads, value_dim, !case.heads_first),
             lse: lse.then(|| unwritten(&lse_shape)),
             offsets: packed.then(|| (queries.memory(), keys.memory())),
             alibi_slopes: slopes,
@@ -263,7 +276,6 @@ impl SmallProblem {
         };
         let window = |on: bool, bound: i64| if on { bound } else { -1 };
         let options = Options {
-            // Scores of a few units: neither all keys alike nor one alone.
             softmax_scale: Some(case.scale / (head_dim as f64).sqrt()),
             causal: false,
             window: (window(window_left, case.left.of(kernel) as i64), window(window_right, case.right)),
@@ -355,11 +367,11 @@ impl Sequences {
 /// A bias with some dimensions of size 1; a quarter of its elements hide their key.
 fn stored_bias(
     kind: BiasKind,
-    kept: [bool; 4],
+    case: &Case,
     full: [usize; 4],
     some: &mut impl FnMut(Dtype, usize) -> Vec<f64>,
 ) -> Memory {
-    let shape: Vec<i64> = full.iter().zip(kept).map(|(&size, kept)| if kept { size as i64 } else { 1 }).collect();
+    let shape: Vec<i64> = full.iter().zip(case.bias).map(|(&size, kept)| if kept { size as i64 } else { 1 }).collect();
     let count = shape.iter().product::<i64>() as usize;
     let (element, hidden, shown): (_, f64, fn(f64) -> f64) = match kind {
         BiasKind::Additive(dtype) => (Element::Float(dtype), f64::NEG_INFINITY, |x| x),
@@ -367,10 +379,14 @@ fn stored_bias(
     };
     let dtype = if let BiasKind::Additive(dtype) = kind { dtype } else { Dtype::F32 };
     let values = some(dtype, count).into_iter().map(|x| if x < -0.5 { hidden } else { shown(x) });
-    Memory::contiguous(element, values.collect(), shape)
+    let mut memory = Memory::contiguous(element, values.collect(), shape);
+    if case.bias_transposed {
+        (memory.strides[2], memory.strides[3]) = (1, memory.shape[2]);
+    }
+    memory
 }
 
-/// The elements of a contiguous tensor broadcast to `full`.
+/// The elements of a tensor broadcast to `full`.
 fn broadcast(memory: &Memory, full: [usize; 4]) -> Vec<f64> {
     let missing = 4 - memory.shape.len();
     let strides = std::array::from_fn(|axis| match axis.checked_sub(missing) {
