@@ -101,7 +101,7 @@ def test_the_verdict_says_what_was_found() -> None:
         "head_dim": 16,
         "value_dim": 16,
     }
-    assert verdict["features"] == ["causal or window on the right"]
+    assert verdict["features"] == ["causal or window on the right", "aligned rows"]
     assert [verdict["proved"], verdict["failure"], verdict["launches"]] == [True, None, PROBE]
     # 576 threads are the class of at most 184 registers.
     assert [verdict["max_threads_per_threadgroup"], verdict["registers"]] == [576, 184]
@@ -111,7 +111,7 @@ def test_the_verdict_says_what_was_found() -> None:
     stored = json.loads(Path(known["path"]).read_text())
     assert Path(known["path"]).parent == cache()
     assert list(stored["verdicts"]) == [
-        f"simdgroup float16 16/16 [causal or window on the right] {verdict['tile']}"
+        f"simdgroup float16 16/16 [{', '.join(verdict['features'])}] {verdict['tile']}"
     ]
 
 
