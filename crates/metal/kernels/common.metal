@@ -163,13 +163,21 @@ struct RowModifiers {
 #endif
 };
 
+#if SOFTCAP
+// How near a score is to the softcap, from -1 to 1. fast::tanh is unbounded by the specification, and has been seen to
+// return NaN for large arguments.
+float saturation(float product, constant Factors& factors) {
+    return precise::tanh(product * factors.score);
+}
+#endif
+
 #if SCORE_MODIFIED
 // Score of a visible key in units of log2: softcap, then ALiBi, then bias or boolean mask.
 float modified_score(float product, int key, RowModifiers row, constant Sizes& sizes, constant Factors& factors) {
-    float score = product * factors.score;
 #if SOFTCAP
-    // fast::tanh is unbounded by the specification, and has been seen to return NaN for large arguments.
-    score = factors.softcap * precise::tanh(score);
+    float score = factors.softcap * saturation(product, factors);
+#else
+    float score = product * factors.score;
 #endif
 #if ALIBI
     score = fma(-row.slope, float(abs(key - row.position)), score);

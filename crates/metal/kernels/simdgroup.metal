@@ -8,27 +8,14 @@
 //   registers    S float, P and the fragments of K and V scalar, O float, maximum, sum; Q if it fits
 //   threadgroup  STAGED: one block of K and one of V, for all simdgroups; QUERY_IN_THREADGROUP: Q, each lane its own part
 //   device       Q, K, V, read where they lie, whatever their strides
-// The lane map of a fragment, the same for both operands and the result: with quad = lane / 4, a lane holds the two
-// elements (row, column) and (row, column + 1), row = (quad & 4) + lane / 2 % 4, column = (quad & 2) * 2 + lane % 2 * 2.
-// A row lies in four lanes that differ in bits 0 and 3. S is therefore an operand of P V as it lies, but for its type,
-// and fragments are loaded lane by lane, which takes any row address: rows past the end of a sequence are read as its last
-// row, and hidden by the mask. It also leaves open which dimension a row or column of a fragment stands for, as long as
-// Q and K, or V and O, agree: neighbouring fragments deal theirs out in turn, so that what a lane needs of a row of K for
-// four of them, or of V for two, are 4 elements side by side. See head_dimension() and value_dimension().
+// Which elements a lane holds, and how it loads them, is in fragments.metal.
 // Barriers, only if STAGED: one after a block was written, before anyone reads it; one after it was read, before the next
 // is written. Both are reached by all simdgroups the same number of times.
-
-typedef simdgroup_matrix<scalar, 8, 8> Operand;
-typedef simdgroup_matrix<float, 8, 8> Accumulator;
-typedef vec<scalar, 4> scalar4;
 
 constant constexpr int ROWS = 8 * ROW_FRAGMENTS;
 constant constexpr int KEY_FRAGMENTS = KEYS / 8;
 constant constexpr int HEAD_FRAGMENTS = (HEAD_DIM + 7) / 8;
 constant constexpr int VALUE_FRAGMENTS = VALUE_CHUNK / 8;
-// Fragments that deal out their dimensions together.
-constant constexpr int HEAD_DEAL = 4;
-constant constexpr int VALUE_DEAL = 2;
 constant constexpr int HEAD_DEALS = (HEAD_FRAGMENTS + HEAD_DEAL - 1) / HEAD_DEAL;
 // Whether the fragments of a row hold elements of the tensor and no others.
 constant constexpr bool HEAD_WHOLE = HEAD_DIM % 8 == 0;
@@ -38,17 +25,7 @@ constant constexpr bool VALUE_WHOLE = VALUE_DIM % VALUE_CHUNK == 0;
 // Length of a staged row in scalar4; 16 bytes behind every row spread rows over the banks.
 constant constexpr int KEY_PITCH = 2 * HEAD_FRAGMENTS + 16 / int(sizeof(scalar4));
 constant constexpr int VALUE_PITCH = 2 * VALUE_FRAGMENTS + 16 / int(sizeof(scalar4));
-typedef threadgroup const scalar4* block_pointer;
-#else
-typedef device const scalar* block_pointer;
 #endif
-
-// Place of a lane in every fragment.
-struct Lane {
-    int index;
-    int row;
-    int column;
-};
 
 // A block of keys and values as a simdgroup reads it.
 struct Block {
@@ -79,105 +56,6 @@ struct Rows {
 #endif
 };
 
-// The dimension that column `position` of a fragment of Q stands for: four fragments deal theirs out one by one.
-constexpr int head_dimension(int fragment, int position) {
-    const int first = fragment / HEAD_DEAL * HEAD_DEAL;
-    const int together = HEAD_FRAGMENTS - first < HEAD_DEAL ? HEAD_FRAGMENTS - first : HEAD_DEAL;
-    return first * 8 + position * together + fragment - first;
-}
-
-// The same for V and O: two fragments deal theirs out in pairs, since a lane holds a pair of each.
-constexpr int value_dimension(int fragment, int position) {
-    const int first = fragment / VALUE_DEAL * VALUE_DEAL;
-    const int together = VALUE_FRAGMENTS - first < VALUE_DEAL ? VALUE_FRAGMENTS - first : VALUE_DEAL;
-    return first * 8 + (position / 2 * together + fragment - first) * 2 + position % 2;
-}
-
-// Element i of a row of q, k or v, which has `width`; 0 behind them.
-template <bool WHOLE>
-scalar element_of(device const scalar* row, int i, int width) {
-    return WHOLE || i < width ? row[i] : scalar(0);
-}
-
-// Elements 4 i to 4 i + 3 of it.
-template <bool WHOLE>
-scalar4 four_of(device const scalar* row, int i, int width) {
-#if ALIGNED
-    return WHOLE || 4 * i < width ? ((device const scalar4*)row)[i] : scalar4(scalar(0));
-#else
-    return scalar4(element_of<WHOLE>(row, 4 * i, width), element_of<WHOLE>(row, 4 * i + 1, width),
-                   element_of<WHOLE>(row, 4 * i + 2, width), element_of<WHOLE>(row, 4 * i + 3, width));
-#endif
-}
-
-#if STAGED
-// The same of a staged row, whose zeros are in memory.
-template <bool WHOLE>
-scalar element_of(threadgroup const scalar4* row, int i, int width) {
-    return ((threadgroup const scalar*)row)[i];
-}
-
-template <bool WHOLE>
-scalar4 four_of(threadgroup const scalar4* row, int i, int width) {
-    return row[i];
-}
-
-// Copies a block, a scalar4 a thread at a time; the last row takes the place of those behind it.
-template <bool WHOLE, int LENGTH, int PITCH>
-void stage(threadgroup scalar4* block, device const scalar* rows, long stride, int last, int width, int thread_index) {
-#pragma clang loop unroll_count(4)
-    for (int i = thread_index; i < KEYS * LENGTH; i += 32 * SIMDGROUPS) {
-        const int row = i / LENGTH;
-        block[row * PITCH + i % LENGTH] = four_of<WHOLE>(rows + min(row, last) * stride, i % LENGTH, width);
-    }
-}
-#endif
-
-// What a row of q or k has at `position` of the fragments that deal with fragment `first`.
-template <typename Pointer>
-scalar4 head_elements(Pointer row, int first, int position) {
-    if (HEAD_FRAGMENTS % HEAD_DEAL == 0 || first + HEAD_DEAL <= HEAD_FRAGMENTS) {
-        return four_of<HEAD_WHOLE>(row, 2 * first + position, HEAD_DIM);
-    }
-    scalar4 elements = scalar4(scalar(0));
-#pragma clang loop unroll(full)
-    for (int i = 0; i < HEAD_FRAGMENTS % HEAD_DEAL; ++i) {
-        elements[i] = element_of<HEAD_WHOLE>(row, head_dimension(first + i, position), HEAD_DIM);
-    }
-    return elements;
-}
-
-// What a row of v has at an even `position` and the next of two fragments, or of the last one.
-scalar4 value_elements(block_pointer row, int first, int position, int columns) {
-    const int i = value_dimension(first, position);
-    if (VALUE_FRAGMENTS % VALUE_DEAL == 0 || first + VALUE_DEAL <= VALUE_FRAGMENTS) {
-        return four_of<VALUE_WHOLE>(row, i / 4, columns);
-    }
-    return scalar4(element_of<VALUE_WHOLE>(row, i, columns), element_of<VALUE_WHOLE>(row, i + 1, columns), scalar(0),
-                   scalar(0));
-}
-
-Operand operand(scalar even, scalar odd) {
-    Operand fragment;
-    fragment.thread_elements()[0] = even;
-    fragment.thread_elements()[1] = odd;
-    return fragment;
-}
-
-// The address of row lane_row + fragment * 8 of a block.
-template <bool EDGE>
-block_pointer block_row(block_pointer block, long stride, int lane_row, int fragment, int last) {
-#if STAGED
-    return block + (lane_row + 8 * fragment) * int(stride);
-#else
-    if (EDGE) {
-        return block + min(lane_row + 8 * fragment, last) * stride;
-    }
-    // The second term is the same for all lanes.
-    return block + lane_row * stride + (8 * fragment) * stride;
-#endif
-}
-
 #if QUERY_IN_THREADGROUP
 // Where a lane parks its two scalar4 of the fragments of row fragment r that deal with fragment `first`.
 int parked_at(int r, int first, Lane lane) {
@@ -201,8 +79,8 @@ void read_queries(int r, int first, Lane lane, thread const Rows& rows, thread O
     queries[2] = operand(high[0], high[1]);
     queries[3] = operand(high[2], high[3]);
 #else
-    const scalar4 evens = head_elements(rows.values[r], first, lane.column);
-    const scalar4 odds = head_elements(rows.values[r], first, lane.column + 1);
+    const scalar4 evens = head_elements<HEAD_FRAGMENTS, HEAD_WHOLE>(rows.values[r], first, lane.column, HEAD_DIM);
+    const scalar4 odds = head_elements<HEAD_FRAGMENTS, HEAD_WHOLE>(rows.values[r], first, lane.column + 1, HEAD_DIM);
 #pragma clang loop unroll(full)
     for (int i = 0; i < HEAD_DEAL; ++i) {
         queries[i] = operand(evens[i], odds[i]);
@@ -226,8 +104,8 @@ void multiply_keys(int f, Block block, Lane lane, thread const Rows& rows, threa
 #pragma clang loop unroll(disable)
 #endif
     for (int first = 0; first < HEAD_FRAGMENTS; first += HEAD_DEAL) {
-        const scalar4 evens = head_elements(even, first, lane.row);
-        const scalar4 odds = head_elements(odd, first, lane.row);
+        const scalar4 evens = head_elements<HEAD_FRAGMENTS, HEAD_WHOLE>(even, first, lane.row, HEAD_DIM);
+        const scalar4 odds = head_elements<HEAD_FRAGMENTS, HEAD_WHOLE>(odd, first, lane.row, HEAD_DIM);
         Operand queries[ROW_FRAGMENTS][HEAD_DEAL];
 #pragma clang loop unroll(full)
         for (int r = 0; r < ROW_FRAGMENTS; ++r) {
@@ -254,7 +132,7 @@ void multiply_values(int f, Block block, int columns, Lane lane,
     block_pointer row = block_row<EDGE>(block.values, block.value_stride, lane.row, f, block.last);
 #pragma clang loop unroll(full)
     for (int first = 0; first < VALUE_FRAGMENTS; first += VALUE_DEAL) {
-        const scalar4 elements = value_elements(row, first, lane.column, columns);
+        const scalar4 elements = value_elements<VALUE_FRAGMENTS, VALUE_WHOLE>(row, first, lane.column, columns);
 #pragma clang loop unroll(full)
         for (int i = 0; i < VALUE_DEAL; ++i) {
             if (VALUE_FRAGMENTS % VALUE_DEAL != 0 && first + i >= VALUE_FRAGMENTS) {
@@ -414,11 +292,7 @@ kernel void attention_simdgroup(
 #endif
     const int last_query = min(first_query + ROWS, place.query_len) - 1;
 
-    Lane lane;
-    lane.index = int(lane_index);
-    const int quad = lane.index / 4;
-    lane.row = (quad & 4) + lane.index / 2 % 4;
-    lane.column = (quad & 2) * 2 + lane.index % 2 * 2;
+    const Lane lane = lane_of(lane_index);
 
     device const scalar* queries = q + row_offset(sizes.q, place.batch, place.head, place.query_start);
     device const scalar* keys = k + row_offset(sizes.k, place.batch, place.key_head, place.key_start);
@@ -457,8 +331,10 @@ kernel void attention_simdgroup(
 #pragma clang loop unroll(full)
 #endif
         for (int first = 0; first < HEAD_FRAGMENTS; first += HEAD_DEAL) {
-            const scalar4 evens = scalar4(float4(head_elements(row, first, lane.column)) * sign);
-            const scalar4 odds = scalar4(float4(head_elements(row, first, lane.column + 1)) * sign);
+            const scalar4 even = head_elements<HEAD_FRAGMENTS, HEAD_WHOLE>(row, first, lane.column, HEAD_DIM);
+            const scalar4 odd = head_elements<HEAD_FRAGMENTS, HEAD_WHOLE>(row, first, lane.column + 1, HEAD_DIM);
+            const scalar4 evens = scalar4(float4(even) * sign);
+            const scalar4 odds = scalar4(float4(odd) * sign);
 #if QUERY_IN_REGISTERS
 #pragma clang loop unroll(full)
             for (int i = 0; i < HEAD_DEAL && first + i < HEAD_FRAGMENTS; ++i) {
@@ -520,9 +396,9 @@ kernel void attention_simdgroup(
         block.last = place.key_len - 1 - first;
 #if STAGED
         threadgroup_barrier(mem_flags::mem_threadgroup);  // the previous block has been read
-        stage<HEAD_WHOLE, 2 * HEAD_FRAGMENTS, KEY_PITCH>(staged_keys, keys + first * sizes.k.row, sizes.k.row, block.last,
+        stage<HEAD_WHOLE, 2 * HEAD_FRAGMENTS, KEY_PITCH, KEYS>(staged_keys, keys + first * sizes.k.row, sizes.k.row, block.last,
                                                          HEAD_DIM, thread_index);
-        stage<VALUE_WHOLE, 2 * VALUE_FRAGMENTS, VALUE_PITCH>(staged_values, values + first * sizes.v.row, sizes.v.row,
+        stage<VALUE_WHOLE, 2 * VALUE_FRAGMENTS, VALUE_PITCH, KEYS>(staged_values, values + first * sizes.v.row, sizes.v.row,
                                                              block.last, columns, thread_index);
         threadgroup_barrier(mem_flags::mem_threadgroup);  // this block has been written
         if (first >= seen_end || first + KEYS <= seen_start) {
@@ -554,7 +430,7 @@ kernel void attention_simdgroup(
             for (int v = 0; v < VALUE_FRAGMENTS; ++v) {
 #pragma clang loop unroll(full)
                 for (int e = 0; e < 2; ++e) {
-                    const int column = value_dimension(v, lane.column + e);
+                    const int column = value_dimension<VALUE_FRAGMENTS>(v, lane.column + e);
                     if (VALUE_DIM % VALUE_CHUNK == 0 || column < columns) {
                         row[column] = scalar(rows.out[r][v].thread_elements()[e] * normalizer);
                     }

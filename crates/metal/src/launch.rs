@@ -137,9 +137,9 @@ impl<T> Tensors<T> {
 }
 
 /// Number of int64 sizes.
-const SIZE_COUNT: usize = 32;
+pub(crate) const SIZE_COUNT: usize = 32;
 /// Number of float32 factors.
-const FACTOR_COUNT: usize = 3;
+pub(crate) const FACTOR_COUNT: usize = 3;
 
 /// One dispatch.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -184,18 +184,13 @@ impl Launch {
     /// [`LaunchError`] when a length or the grid is beyond what a kernel counts with.
     pub fn new(problem: &Problem, kernel: &Kernel, outputs: &Outputs) -> Result<Self, LaunchError> {
         let lengths = &problem.lengths;
+        check_lengths(problem)?;
         let (query_len, key_len) = (lengths.max_query_len(), lengths.max_key_len());
-        for len in [query_len, key_len] {
-            if len > MAX_LEN {
-                return Err(LaunchError::Length { len });
-            }
-        }
         let keys = kernel.tile.keys;
         if kernel.reads_whole_blocks() && matches!(lengths, Lengths::Dense { .. }) && (1..keys).contains(&key_len) {
             return Err(LaunchError::Keys { key_len, keys });
         }
         let chunks = problem.value_dim.div_ceil(kernel.tile.value_chunk);
-        let count = |count: usize| u32::try_from(count).map_err(|_| LaunchError::Grid { count });
         // MSL counts threads with 32 bits.
         let row_groups = count(query_len.div_ceil(kernel.rows()) * 32)? / 32;
         let head_groups = count(problem.query_heads * chunks * kernel.tile.simdgroups)? / kernel.tile.simdgroups as u32;
@@ -220,7 +215,18 @@ impl Launch {
     }
 }
 
-fn sizes(problem: &Problem, chunks: usize, outputs: &Outputs) -> [i64; SIZE_COUNT] {
+/// Requires lengths that kernels can count with.
+pub(crate) fn check_lengths(problem: &Problem) -> Result<(), LaunchError> {
+    let lens = [problem.lengths.max_query_len(), problem.lengths.max_key_len()];
+    lens.into_iter().find(|&len| len > MAX_LEN).map_or(Ok(()), |len| Err(LaunchError::Length { len }))
+}
+
+/// `count` as a grid holds it.
+pub(crate) fn count(count: usize) -> Result<u32, LaunchError> {
+    u32::try_from(count).map_err(|_| LaunchError::Grid { count })
+}
+
+pub(crate) fn sizes(problem: &Problem, chunks: usize, outputs: &Outputs) -> [i64; SIZE_COUNT] {
     let bias = problem.bias;
     let lse = outputs.lse.unwrap_or(LseStrides { batch: 0, head: 0 });
     // A bound beyond every length is open as well.
@@ -258,7 +264,7 @@ fn sizes(problem: &Problem, chunks: usize, outputs: &Outputs) -> [i64; SIZE_COUN
     std::array::from_fn(|_| all.next().unwrap_or(0))
 }
 
-fn factors(problem: &Problem) -> [f32; FACTOR_COUNT] {
+pub(crate) fn factors(problem: &Problem) -> [f32; FACTOR_COUNT] {
     let magnitude = problem.scale.abs();
     let score = if problem.softcap > 0.0 { magnitude / problem.softcap } else { magnitude * LOG2_E };
     // The sign goes into q, exactly, so that the largest product of a row has the largest score.

@@ -3,12 +3,14 @@
 //! The text of a kernel is a readable `.metal` file plus a short block of `#define`s. A [`Device`] compiles and
 //! dispatches it: torch's MPS stream, a Metal queue of our own, or the simulator.
 
+mod backward;
 mod device;
 mod launch;
 pub mod native;
 pub mod probe;
 mod source;
 
+pub use backward::{BACKWARD_TENSOR_COUNT, BackwardKernel, BackwardLaunch, BackwardOutputs, BackwardTensors};
 pub use device::{Argument, Device, DeviceError, Grid};
 pub use launch::{Launch, LaunchError, LseStrides, MAX_LEN, Outputs, TENSOR_COUNT, Tensors};
 pub use source::{Features, Kernel};

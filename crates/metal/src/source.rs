@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use mtlflashattn_core::plan::occupancy::THREADGROUP_MEMORY;
 use mtlflashattn_core::plan::{FRAGMENT, Matmul, MetalTile, Operands, QueryHome, Weights};
 use mtlflashattn_core::reference::bounds::Arithmetic;
-use mtlflashattn_core::{BiasKind, Dtype, Lengths, Problem, Tier};
+use mtlflashattn_core::{BiasKind, Dtype, Lengths, Problem, Strides, Tier};
 
 /// The tile of the scalar kernel: 128 rows a threadgroup, and 64 columns of v in the registers or the stack of a thread.
 const SCALAR_TILE: MetalTile = MetalTile {
@@ -42,6 +42,19 @@ pub struct Features {
 }
 
 impl Features {
+    /// Nothing.
+    pub(crate) const NONE: Self = Self {
+        packed: false,
+        window_left: false,
+        window_right: false,
+        softcap: false,
+        alibi: false,
+        bias: None,
+        sinks: false,
+        lse: false,
+        aligned: false,
+    };
+
     /// What `problem` has.
     #[must_use]
     pub const fn of(problem: &Problem, lse: bool) -> Self {
@@ -141,12 +154,8 @@ impl Kernel {
     /// 16: it reads four elements at once if every row of `problem` lets it.
     #[must_use]
     pub fn aligned(mut self, problem: &Problem, starts: [usize; 3]) -> Self {
-        let Problem { q, k, v, head_dim, value_dim, dtype, .. } = problem;
-        let is_four = |elements: i64| elements % 4 == 0;
-        let rows = [q, k, v].into_iter().all(|at| [at.batch, at.row, at.head].into_iter().all(is_four));
-        let widths = [head_dim, value_dim].into_iter().all(|width| width.is_multiple_of(4));
-        let starts = starts.into_iter().all(|start| start.is_multiple_of(4 * dtype.size()));
-        self.features.aligned = self.tier == Tier::Simdgroup && rows && widths && starts;
+        let rows = [problem.q, problem.k, problem.v];
+        self.features.aligned = self.tier == Tier::Simdgroup && is_aligned(problem, &rows, &starts);
         self
     }
 
@@ -181,7 +190,9 @@ impl Kernel {
         text.push_str(&self.defines());
         text.push_str(include_str!("../kernels/common.metal"));
         text.push_str(match self.tier {
-            Tier::Simdgroup => include_str!("../kernels/simdgroup.metal"),
+            Tier::Simdgroup => {
+                concat!(include_str!("../kernels/fragments.metal"), include_str!("../kernels/simdgroup.metal"))
+            }
             Tier::Tensorops | Tier::TensoropsStaged => include_str!("../kernels/tensorops.metal"),
             _ => include_str!("../kernels/scalar.metal"),
         });
@@ -189,28 +200,9 @@ impl Kernel {
     }
 
     fn defines(&self) -> String {
-        let Features { packed, window_left, window_right, softcap, alibi, bias, sinks, lse, aligned } = self.features;
-        let bias_is = |kind| bias == Some(kind);
-        let mut text = String::new();
+        let mut text = feature_defines(&self.features);
         let mut define =
             |name: &str, value: usize| writeln!(text, "#define {name} {value}").expect("writes to a string");
-        for (name, on) in [
-            ("PACKED", packed),
-            ("WINDOW_LEFT", window_left),
-            ("WINDOW_RIGHT", window_right),
-            ("SOFTCAP", softcap),
-            ("ALIBI", alibi),
-            ("BIAS", bias.is_some()),
-            ("BIAS_BOOLEAN", bias_is(BiasKind::Boolean)),
-            ("BIAS_FLOAT", bias_is(BiasKind::Additive(Dtype::F32))),
-            ("BIAS_HALF", bias_is(BiasKind::Additive(Dtype::F16))),
-            ("BIAS_BFLOAT", bias_is(BiasKind::Additive(Dtype::Bf16))),
-            ("SINKS", sinks),
-            ("LSE", lse),
-            ("SCORE_MODIFIED", softcap || alibi || bias.is_some()),
-        ] {
-            define(name, usize::from(on));
-        }
         define("SIMDGROUPS", self.tile.simdgroups);
         define("VALUE_CHUNK", self.tile.value_chunk);
         if let (Some(head_dim), Some(value_dim)) = (self.head_dim, self.value_dim) {
@@ -219,7 +211,7 @@ impl Kernel {
             define("ROW_FRAGMENTS", self.tile.row_fragments);
             define("KEYS", self.tile.keys);
             define("STAGED", usize::from(self.tile.staged));
-            define("ALIGNED", usize::from(aligned));
+            define("ALIGNED", usize::from(self.features.aligned));
             define("QUERY_IN_REGISTERS", usize::from(self.tile.query == QueryHome::Registers));
             define("QUERY_IN_THREADGROUP", usize::from(self.tile.query == QueryHome::Threadgroup));
             define("QUERY_IN_DEVICE", usize::from(self.tile.query == QueryHome::Device));
@@ -233,12 +225,7 @@ impl Kernel {
             define("RELAXED", usize::from(relaxed));
             define("KEEP_STEP", usize::from(keep_step));
         }
-        let scalar = match self.dtype {
-            Dtype::F32 => "float",
-            Dtype::F16 => "half",
-            Dtype::Bf16 => "bfloat",
-        };
-        writeln!(text, "typedef {scalar} scalar;  // of q, k, v and out\n").expect("writes to a string");
+        text.push_str(&typedef_scalar(self.dtype));
         text
     }
 
@@ -295,4 +282,48 @@ impl Kernel {
             && value_chunk.is_multiple_of(FRAGMENT)
             && self.threadgroup_bytes() <= THREADGROUP_MEMORY
     }
+}
+
+/// Whether rows at `starts` bytes behind a multiple of 16 all begin at multiples of four elements and have as many.
+pub(crate) fn is_aligned(problem: &Problem, rows: &[Strides], starts: &[usize]) -> bool {
+    let is_four = |elements: i64| elements % 4 == 0;
+    rows.iter().all(|at| [at.batch, at.row, at.head].into_iter().all(is_four))
+        && [problem.head_dim, problem.value_dim].into_iter().all(|width| width.is_multiple_of(4))
+        && starts.iter().all(|start| start.is_multiple_of(4 * problem.dtype.size()))
+}
+
+/// Definitions of what a kernel's problem has.
+pub(crate) fn feature_defines(features: &Features) -> String {
+    let Features { packed, window_left, window_right, softcap, alibi, bias, sinks, lse, .. } = *features;
+    let bias_is = |kind| bias == Some(kind);
+    let mut text = String::new();
+    let mut define = |name: &str, value: usize| writeln!(text, "#define {name} {value}").expect("writes to a string");
+    for (name, on) in [
+        ("PACKED", packed),
+        ("WINDOW_LEFT", window_left),
+        ("WINDOW_RIGHT", window_right),
+        ("SOFTCAP", softcap),
+        ("ALIBI", alibi),
+        ("BIAS", bias.is_some()),
+        ("BIAS_BOOLEAN", bias_is(BiasKind::Boolean)),
+        ("BIAS_FLOAT", bias_is(BiasKind::Additive(Dtype::F32))),
+        ("BIAS_HALF", bias_is(BiasKind::Additive(Dtype::F16))),
+        ("BIAS_BFLOAT", bias_is(BiasKind::Additive(Dtype::Bf16))),
+        ("SINKS", sinks),
+        ("LSE", lse),
+        ("SCORE_MODIFIED", softcap || alibi || bias.is_some()),
+    ] {
+        define(name, usize::from(on));
+    }
+    text
+}
+
+/// The element type of the tensors.
+pub(crate) fn typedef_scalar(dtype: Dtype) -> String {
+    let scalar = match dtype {
+        Dtype::F32 => "float",
+        Dtype::F16 => "half",
+        Dtype::Bf16 => "bfloat",
+    };
+    format!("typedef {scalar} scalar;  // of q, k, v and out\n\n")
 }

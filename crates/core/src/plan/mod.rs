@@ -1,6 +1,7 @@
 //! The decision: which tier serves a problem, with which tile, and why the others were passed over.
 
 mod backward;
+mod backward_tile;
 mod cpu;
 mod gpu;
 mod matmul;
@@ -17,6 +18,7 @@ use metal::NoTile;
 use crate::{Error, Problem, Result, Settings, Tier, settings};
 
 pub use backward::{BackwardPlan, CpuBackwardTile};
+pub use backward_tile::{BackwardPass, BackwardTile, backward_passes};
 pub use cpu::{CpuPath, CpuTile};
 pub use gpu::{Chip, Gpu, Missing, Size, Version};
 pub use matmul::{MATRIX, Matmul, Operands, Weights, has_plain_rows};

@@ -65,7 +65,7 @@ pub struct Features {
 impl Features {
     /// Registers that stay occupied during the loop: bounds; factors; a slope and a position for each row; a 64-bit
     /// address for each row, and a stride. An estimate from the types involved: no such kernel was compiled.
-    const fn halves(self, row_fragments: usize) -> usize {
+    pub(super) const fn halves(self, row_fragments: usize) -> usize {
         let Self { masked, softcap, alibi, bias } = self;
         4 * masked as usize
             + 4 * softcap as usize
@@ -135,10 +135,15 @@ impl Occupancy {
     #[must_use]
     pub fn predict(tile: &MetalTile, shape: &KernelShape) -> Self {
         let halves = predict_halves(tile, shape);
+        Self::of(halves, tile.threadgroup_bytes(shape.dtype, shape.head_dim), tile.threads())
+    }
+
+    /// That of a kernel whose threads have `halves` registers and whose threadgroups have `bytes` and `group_threads`.
+    pub(super) fn of(halves: usize, bytes: usize, group_threads: usize) -> Self {
         let threads = threads_of_core(halves);
-        let threadgroup_bytes = tile.threadgroup_bytes(shape.dtype, shape.head_dim).next_multiple_of(THREADGROUP_UNIT);
+        let threadgroup_bytes = bytes.next_multiple_of(THREADGROUP_UNIT);
         let by_memory = CORE_MEMORY.checked_div(threadgroup_bytes).unwrap_or(usize::MAX);
-        Self { halves, threads, threadgroup_bytes, threadgroups: by_memory.min(threads / tile.threads()) }
+        Self { halves, threads, threadgroup_bytes, threadgroups: by_memory.min(threads / group_threads) }
     }
 
     /// Whether the fragments that live at once need more registers than a thread has, whatever the compiler does.

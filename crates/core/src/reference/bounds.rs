@@ -54,6 +54,7 @@
 //! with windows or skewed scores, so that some rows depend on few keys.
 
 mod gradients;
+pub mod rounded_gradients;
 
 use std::f64::consts::{LN_2, LOG2_E};
 
@@ -125,6 +126,11 @@ impl Arithmetic {
         } else {
             UNIT * distance * LN_2 + self.exp2 * (1 + rescalings(keys)) as f64
         }
+    }
+
+    /// Relative error of a weight that is one `exp2` of a number `distance` (in natural units) away from 0.
+    fn single_weight_error(&self, distance: f64) -> f64 {
+        self.exp2 + self.exp2_growth * distance.abs() * LOG2_E
     }
 
     /// Half the smallest weight.

@@ -168,10 +168,15 @@ pub const MUTANTS: &[Mutant] = &[
     bug("lse offsets of 32 bits", FAR_SCALAR, "place.head * sizes.lse_head", "place.head * int(sizes.lse_head)"),
     // Scores.
     bug("negative scales are taken for positive ones", SCALAR, "product *= factors.query;", ""),
-    bug("sign of the scale is not in q", DIRECT, "first, lane.column)) * sign)", "first, lane.column)))"),
+    bug("sign of the scale is not in q", DIRECT, "scalar4(float4(even) * sign)", "scalar4(float4(even))"),
     bug("sign of the scale is not in scores", FROM_DEVICE, "score *= rows.sign;", ""),
-    bug("scale is applied twice", SCALAR, "product * factors.score;", "product * factors.score * factors.score;"),
-    bug("softcap is not undone", SOFTCAP, "factors.softcap * precise::tanh(score)", "precise::tanh(score)"),
+    bug("scale is applied twice", SCALAR, "= product * factors.score;", "= product * factors.score * factors.score;"),
+    bug(
+        "softcap is not undone",
+        SOFTCAP,
+        "factors.softcap * saturation(product, factors)",
+        "saturation(product, factors)",
+    ),
     bug("ALiBi favours distance", SOFTCAP, "fma(-row.slope,", "fma(row.slope,"),
     bug("ALiBi knows no sign of a distance", SCALAR_ALL, "float(abs(key - row.position))", "float(key - row.position)"),
     bug("slope in the wrong units", SOFTCAP, "* LOG2_E;\n#endif", ";\n#endif"),
@@ -233,7 +238,7 @@ pub const MUTANTS: &[Mutant] = &[
     bug(
         "dimensions dealt as if fragments were four",
         BIASED,
-        "HEAD_FRAGMENTS - first < HEAD_DEAL ? HEAD_FRAGMENTS - first : HEAD_DEAL",
+        "FRAGMENTS - first < HEAD_DEAL ? FRAGMENTS - first : HEAD_DEAL",
         "HEAD_DEAL",
     ),
     bug(
@@ -245,7 +250,7 @@ pub const MUTANTS: &[Mutant] = &[
     bug(
         "v and out deal dimensions differently",
         DIRECT,
-        "value_dimension(v, lane.column + e)",
+        "value_dimension<VALUE_FRAGMENTS>(v, lane.column + e)",
         "8 * v + lane.column + e",
     ),
     bug("a row's tail reads one too many", PARKED, "|| i < width ? row[i]", "|| i <= width ? row[i]"),
@@ -397,8 +402,8 @@ pub const MUTANTS: &[Mutant] = &[
     bug(
         "a simdgroup's share of rows is not staged",
         STAGED,
-        "i < KEYS * LENGTH; i += 32 * SIMDGROUPS",
-        "i < (KEYS - 8) * LENGTH; i += 32 * SIMDGROUPS",
+        "i < COUNT * LENGTH; i += 32 * SIMDGROUPS",
+        "i < (COUNT - 8) * LENGTH; i += 32 * SIMDGROUPS",
     ),
     bug(
         "simdgroups park q in the same place",

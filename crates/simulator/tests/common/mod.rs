@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses its part")]
 #![allow(clippy::struct_excessive_bools, reason = "features are on or off")]
 
+pub mod backward;
 pub mod bench;
 pub mod far;
 pub mod peer;
