@@ -1,0 +1,138 @@
+"""An attention implementation for Hugging Face transformers.
+
+    from metal_flash_attn.integrations import transformers as adapter
+
+    adapter.register()
+    model = AutoModelForCausalLM.from_pretrained(..., attn_implementation=adapter.NAME)
+
+It takes what eager attention takes: padding, sliding windows and any other pattern through the mask
+that transformers makes; softcap, sinks and position biases through arguments.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from metal_flash_attn.interface import attention
+
+NAME = "metal_attention"
+"""What to pass as `attn_implementation`. transformers takes any name with "flash" in it for one of
+its flash attentions, which get packed inputs and no masks."""
+
+
+def register(name: str = NAME) -> str:
+    """Makes the implementation known to transformers.
+
+    Args:
+        name: what models will know it by; must not contain "flash", see `NAME`.
+
+    Returns:
+        The name.
+    """
+    if "flash" in name:
+        raise ValueError(
+            f'name is {name!r}; allowed: one without "flash", which transformers takes for an '
+            "attention with packed inputs"
+        )
+    AttentionInterface.register(name, attention_forward)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    cache: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that models call.
+
+    Args:
+        module: the layer; its `is_causal` counts where the argument is None.
+        query: `[B, H, Lq, D]`.
+        key: `[B, Hk, Lk, D]`.
+        value: `[B, Hk, Lk, Dv]`.
+        attention_mask: broadcastable to `[B, H, Lq, Lk]`, bool (True shows a key) or additive. It
+            holds windows, too. Without one, causal attention starts at the first key.
+        dropout, scaling, softcap: of the scores.
+        s_aux: sinks `[H]`, one more logit of each head.
+        position_bias: added to the scores.
+        cache: paged caches are not supported.
+        kwargs: whatever else models pass.
+
+    Returns:
+        out `[B, Lq, H, Dv]`, contiguous, and None for the weights, which are never held.
+
+    Raises:
+        NotImplementedError: for a paged cache, and for softcap or sinks with gradients or dropout.
+    """
+    if cache is not None:
+        raise NotImplementedError(
+            "cache: paged caches are not supported; use a static or dynamic cache, or another "
+            "attn_implementation"
+        )
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if dropout > 0 or _needs_gradient(query, key, value):
+        if softcap is not None or s_aux is not None:
+            raise NotImplementedError(
+                "softcap and s_aux are not supported in training; use attn_implementation='eager'"
+            )
+        # fmt: off
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+            is_causal=is_causal, position_bias=position_bias, **kwargs,
+        )
+        # fmt: on
+    mask, bias = _mask_and_bias(attention_mask, position_bias, key.shape[2])
+    out: Tensor = attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        # As transformers uses torch's function: a mask holds the causal pattern, and one query
+        # is the last one.
+        causal=attention_mask is None and is_causal and query.shape[2] > 1,
+        top_left=True,
+        softmax_scale=scaling,
+        softcap=softcap or 0.0,
+        mask=mask,
+        bias=bias,
+        sinks=None if s_aux is None else s_aux.detach().float(),
+    )
+    return out.contiguous(), None
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _mask_and_bias(
+    attention_mask: Tensor | None, position_bias: Tensor | None, key_len: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """A boolean mask or an additive bias, cropped to the keys that there are."""
+    if attention_mask is not None:
+        attention_mask = attention_mask[..., :key_len]
+    if position_bias is None:
+        if attention_mask is None or attention_mask.dtype == torch.bool:
+            return attention_mask, None
+        return None, attention_mask
+    position_bias = position_bias.detach()[..., :key_len]
+    if attention_mask is None:
+        return None, position_bias
+    if attention_mask.dtype == torch.bool:
+        return None, position_bias.masked_fill(~attention_mask, -torch.inf)
+    return None, position_bias + attention_mask
