@@ -65,6 +65,32 @@ def prefill(
     )
 
 
+def training(
+    dtype: torch.dtype,
+    dim: int,
+    length: int = 1024,
+    *,
+    causal: bool = False,
+    target: float | None = None,
+) -> Case:
+    """Forward and backward pass: gradients of q, k and v."""
+    inputs = [torch.randn(1, length, 8, dim).to(dtype).requires_grad_() for _ in range(3)]
+    gradient = torch.randn(1, length, 8, dim).to(dtype)
+    peers = [tensor.detach().requires_grad_() for tensor in transposed(*inputs)]
+    (peer_gradient,) = transposed(gradient)
+    q, k, v = inputs
+    tq, tk, tv = peers
+    name = f"{SHORT_NAMES[dtype]} {'causal' if causal else 'full'} D{dim} L{length} fwd+bwd"
+    return Case(
+        name,
+        lambda: torch.autograd.grad(flash_attn_func(q, k, v, causal=causal), inputs, gradient),
+        lambda: torch.autograd.grad(sdpa(tq, tk, tv, is_causal=causal), peers, peer_gradient),
+        # Two products forward, five backward.
+        14.0 * 8 * length * length * dim / (2 if causal else 1),
+        target=target,
+    )
+
+
 def decode(
     dtype: torch.dtype,
     heads: tuple[int, int],
@@ -143,6 +169,11 @@ def one_thread() -> Iterator[Case]:
     yield prefill(f32, 8, 1024, target=3.0)
     yield prefill(f32, 64, 4096, 5, target=1.5)
     yield prefill(f32, 64, 4096, 77)
+    yield training(f32, 64, target=1.3)
+    yield training(f32, 128, target=1.3)
+    yield training(f32, 64, causal=True, target=1.7)
+    for dtype in (bf16, fp16):
+        yield training(dtype, 64, target=6.0)
     yield window()
     yield varlen()
     yield decode(f32, (32, 8), target=3.5)

@@ -117,7 +117,9 @@ Example = Callable[[Way, st.DataObject], None]
 SIMULATED_EXAMPLES = int(os.environ.get("SIMULATED_EXAMPLES", "6"))
 
 
-def random_problems(test: Example, which: pytest.MarkDecorator = ways) -> Callable[[Way], None]:
+def random_problems(
+    test: Example, which: pytest.MarkDecorator = ways, examples: int | None = None
+) -> Callable[[Way], None]:
     """Runs `test` on random problems, each way; fewer where a problem takes long."""
 
     @which
@@ -132,6 +134,8 @@ def random_problems(test: Example, which: pytest.MarkDecorator = ways) -> Callab
             # Always the same ones: their kernels are compiled once and kept.
             few = hypothesis.settings(max_examples=SIMULATED_EXAMPLES, derandomize=True)
             few(example)()
+        elif examples is not None:
+            hypothesis.settings(max_examples=examples)(example)()
         else:
             example()
 
@@ -141,4 +145,4 @@ def random_problems(test: Example, which: pytest.MarkDecorator = ways) -> Callab
 
 def random_gradients(test: Example) -> Callable[[Way], None]:
     """Runs `test` on random problems, each way that may compute gradients."""
-    return random_problems(test, gradient_ways)
+    return random_problems(test, gradient_ways, examples=20)
