@@ -559,7 +559,7 @@ def overhead_us(arguments: tuple[Tensor, ...], rounds: int = 25, calls: int = 40
 
 @pytest.mark.parametrize("device", ["cpu off", "cpu", "mps"])
 def test_calls_that_fall_through_cost_little(device: str) -> None:
-    """2 microseconds is what a quiet machine must show; a shared one gets three times as long."""
+    """About 2 microseconds; a shared machine gets three times as long."""
     q = torch.randn(1, 1, 4, 8)
     with sdpa.patched(cpu=device == "cpu"):
         assert _state.patch is not None
