@@ -4,6 +4,7 @@
 //! when a change that is proved to be none is noticed.
 #![allow(clippy::print_stdout, reason = "prints a report")]
 
+mod backward;
 #[path = "../../tests/common/mod.rs"]
 mod common;
 mod list;
@@ -17,12 +18,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use common::backward::{BackwardRun, BackwardVariant};
 use common::bench::Bench;
 use common::far::{Far, Form};
 use common::variants::{self, Variant};
 use common::{Case, Run};
 use list::{FAR_DIRECT, FAR_SCALAR, FAR_STAGED, Mutant};
-use mtlflashattn_metal::Kernel;
+use mtlflashattn_metal::{BackwardKernel, Kernel};
 use mtlflashattn_simulator::{LaneLayout, Layer, Options, TensorOps};
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::TestRunner;
@@ -61,6 +63,9 @@ fn examine(mutant: &Mutant) -> Option<String> {
             far.judge(&Bench::new(Options::new(Layer::Fast)), &kernel, &source).err()
         });
     }
+    if let Some(variant) = common::backward::variants().into_iter().find(|variant| variant.name == mutant.variant) {
+        return examine_backward(mutant, &variant);
+    }
     let variants = variants::all();
     let variant = variants.iter().find(|variant| variant.name == mutant.variant).expect("a variant");
     let (fast, small) = (problems(variant, FAST), problems(variant, CHECK));
@@ -83,6 +88,39 @@ fn examine(mutant: &Mutant) -> Option<String> {
         })
 }
 
+/// The same for the kernels of the backward pass, which run one after the other.
+fn examine_backward(mutant: &Mutant, variant: &BackwardVariant) -> Option<String> {
+    let runs = |(count, most): (usize, usize)| -> Vec<BackwardRun> {
+        let mut runner = TestRunner::deterministic();
+        let strategy = variant.cases(most);
+        let mut case = || strategy.new_tree(&mut runner).expect("a case").current();
+        (0..count).map(|_| BackwardRun::new(&case(), variant.lse_gradient)).collect()
+    };
+    let (fast, small) = (runs((FAST.0 / 2, FAST.1 / 2)), runs((CHECK.0 / 2, CHECK.1)));
+    let kernels = variant.kernels(&fast[0]);
+    let is_in = kernels.iter().any(|kernel| kernel.source().contains(mutant.from));
+    assert!(is_in, "{:?} is not in the texts of {}", mutant.from, mutant.variant);
+    let edit = |kernel: &BackwardKernel| kernel.source().replace(mutant.from, mutant.to);
+    let first = |options: Options, runs: &[BackwardRun]| {
+        let bench = Bench::new(options);
+        runs.iter().find_map(|run| run.launch(&bench, &kernels, &edit).and_then(|(got, _)| run.check(&got)).err())
+    };
+    println!("type");
+    let types = Bench::new(Options::new(Layer::Type));
+    kernels
+        .iter()
+        .find_map(|kernel| types.pipeline(&edit(kernel), kernel.entry()).err().map(|error| error.to_string()))
+        .or_else(|| {
+            println!("fast");
+            first(Options::new(Layer::Fast), &fast)
+        })
+        .or_else(|| first(Options::new(Layer::Fast).with_seed(5), &fast))
+        .or_else(|| {
+            println!("check");
+            first(Options::new(Layer::Check), &small)
+        })
+}
+
 /// A GPU on which any lane may have any element.
 fn scattered() -> Options {
     let tensor_ops = TensorOps { layout: LaneLayout::Scattered(9), ..TensorOps::default() };
@@ -91,7 +129,7 @@ fn scattered() -> Options {
 
 /// Every mutant.
 fn mutants() -> Vec<&'static Mutant> {
-    list::MUTANTS.iter().chain(tensorops::MUTANTS).collect()
+    list::MUTANTS.iter().chain(tensorops::MUTANTS).chain(backward::MUTANTS).collect()
 }
 
 fn changed(mutant: &Mutant, kernel: &Kernel) -> String {
