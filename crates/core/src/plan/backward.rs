@@ -89,13 +89,12 @@ impl Planner<'_> {
 
     fn serve_backward(&self, tier: Tier, bias_gradient: bool) -> Result<(), Reason> {
         match (tier, self.device) {
-            (Tier::Torch, _) => Ok(()),
             (Tier::Cpu, Device::Metal(_)) if self.settings.device == settings::Device::Simulator => {
                 Err(Reason::Simulated)
             }
             (Tier::Cpu, Device::Metal(_) | Device::Torch) => Err(Reason::NeedsCpu),
             (Tier::Cpu, Device::Cpu { .. }) if bias_gradient => Err(Reason::NoBiasGradient),
-            (Tier::Cpu, Device::Cpu { .. }) => Ok(()),
+            (Tier::Torch, _) | (Tier::Cpu, Device::Cpu { .. }) => Ok(()),
             (_, Device::Metal(_)) => Err(Reason::NoBackward),
             (_, Device::Cpu { .. } | Device::Torch) => Err(Reason::NeedsMetal),
         }
