@@ -240,6 +240,7 @@ def test_the_command_runs() -> None:
         "gpu",
         "cpu",
         "tiers",
+        "cache",
         "settings",
         "shim",
         "sdpa",
@@ -288,3 +289,68 @@ def test_an_import_still_fails_without_torch(tmp_path: Path) -> None:
     )
     assert process.returncode == 1
     assert "ImportError: no torch today" in process.stderr
+
+
+def test_kernels_that_proved_themselves_are_counted() -> None:
+    q = torch.randn(1, 24, 2, 16)
+    with standin_mps.installed():
+        assert tier(examine(), "simdgroup")["state"] == "available"
+        flash_attn_func(q, q, q)
+        report = examine()
+        text = _doctor_text.render(_doctor.examine(), width=100)
+    assert tier(report, "simdgroup")["state"] == "proved"
+    assert report["cache"]["proved"] == 1
+    assert report["cache"]["failed"] == 0
+    assert report["cache"]["first_use_seconds"] > 0
+    assert "1 kernel got their probe right" in " ".join(text.split())
+    assert report["cache"]["path"] in text
+    assert report["ok"]
+
+
+def test_a_kernel_that_failed_is_a_problem_with_its_reason() -> None:
+    q = torch.randn(1, 24, 2, 16)
+    with standin_mps.installed(is_wrong=lambda source: "attention_simdgroup" in source):
+        with pytest.warns(RuntimeWarning, match="the simdgroup tier failed"):
+            flash_attn_func(q, q, q)
+        report = examine()
+    found = tier(report, "simdgroup")
+    assert found["state"] == "demoted"
+    assert "1 of 1 kernel failed here" in found["detail"]
+    assert "off by" in found["detail"]
+    assert not report["ok"]
+    (problem,) = (x for x in report["findings"] if x["severity"] == "problem")
+    assert "MTLFLASHATTN_PROBE=force" in problem["remedy"]
+
+
+def test_a_cache_that_cannot_be_read_is_noted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MTLFLASHATTN_CACHE", str(tmp_path / "file"))
+    with standin_mps.installed():
+        report = examine()
+    assert [x["about"] for x in report["findings"]] == ["cache"]
+    assert report["findings"][0]["severity"] == "note"
+    assert "MTLFLASHATTN_CACHE" in report["findings"][0]["remedy"]
+
+
+def test_kernels_are_probed_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    real = _native._machine
+
+    def few_calls() -> dict[str, Any]:
+        machine = real()
+        machine["calls"] = machine["calls"][:1]
+        return machine
+
+    monkeypatch.setattr(_native, "_machine", few_calls)
+    with standin_mps.installed() as standin:
+        before = dict(os.environ)
+        report = _doctor.examine(probe=True, progress=lambda text, *_: seen.append(text))
+        assert dict(os.environ) == before
+    assert seen == ["float16 D64", "float16 D64 causal"]
+    assert len(standin.compiled) == 2
+    assert report.cache is not None
+    assert report.cache.proved == 2
+    # The kernels of long calls, not of the small ones that were made.
+    assert all("#define SIMDGROUPS 8" in source for source in standin.compiled)

@@ -1,20 +1,24 @@
-"""The command line: doctor, and plans and kernel texts for GPUs that need not be here."""
+"""The command line: doctor, tune, and plans and kernel texts for GPUs that need not be here."""
 
 # Only doctor has to run where torch or the extension module cannot be imported.
 # ruff: noqa: PLC0415
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from . import _doctor, _doctor_text
+from ._progress import Bar
 
 _PLAN_EXAMPLE = (
     "example: python -m metal_flash_attn plan --gpu m3-max --macos 26.2 --torch 2.15 --dtype f16 "
     "--q 1x8192x16x64 --k 1x8192x4x64 --causal"
 )
+_TUNE_EXAMPLE = "example: python -m metal_flash_attn tune --dtype f16 --head-dim 64 --causal"
 _MSL_EXAMPLE = (
     "example: python -m metal_flash_attn msl --tier simdgroup --dtype bf16 --head-dim 128 --causal"
 )
@@ -44,12 +48,41 @@ def _add_call(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _add_tune(commands: Any) -> None:
+    tune = commands.add_parser(
+        "tune", help="measure the tiles of the Metal kernels, keep the best", epilog=_TUNE_EXAMPLE
+    )
+    calls = tune.add_argument_group(
+        "calls to tune (default: each dtype at D64 and D128, both masks)"
+    )
+    calls.add_argument("--dtype", help="f16, bf16, f32, or several separated by commas")
+    calls.add_argument("--head-dim", help="columns of q, k and v, or several separated by commas")
+    masks = calls.add_mutually_exclusive_group()
+    masks.add_argument("--causal", action="store_true", default=None, help="causal calls only")
+    masks.add_argument("--full", dest="causal", action="store_false", help="unmasked calls only")
+    calls.add_argument("--length", type=int, default=4096, help="of q and k (default: 4096)")
+    calls.add_argument("--heads", type=int, default=16, help="heads (default: 16)")
+    tiles = tune.add_argument_group("tiles to measure (default: all that could serve)")
+    tiles.add_argument("--tier", help="whose tiles (default: the tier that would serve)")
+    tiles.add_argument("--tile", help="only those with these fields, such as keys=32,staged=off")
+    tiles.add_argument("--candidates", type=int, help="so many at most, in the planner's order")
+    tune.add_argument("--device", choices=["simulator"], help="rank by counters, without a GPU")
+    tune.add_argument("--dry-run", action="store_true", help="keep nothing")
+    tune.add_argument("--clear", action="store_true", help="forget all tuned tiles first")
+    tune.add_argument("--json", action="store_true", help="print JSON")
+    tune.set_defaults(run=_run_tune)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m metal_flash_attn", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     doctor = commands.add_parser("doctor", help="what works on this machine, and what does not")
     doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument(
+        "--probe", action="store_true", help="first compile and check the kernels of typical calls"
+    )
     doctor.set_defaults(run=_run_doctor)
+    _add_tune(commands)
     plan = commands.add_parser(
         "plan", help="what would serve a call, and why", epilog=_PLAN_EXAMPLE
     )
@@ -134,12 +167,74 @@ def _print_kernel(answer: dict[str, Any]) -> None:
 
 
 def _run_doctor(options: dict[str, Any]) -> int:
-    report = _doctor.examine()
+    bar = Bar()
+    try:
+        report = _doctor.examine(probe=options["probe"], progress=bar)
+    finally:
+        bar.end()
     if options["json"]:
         print(json.dumps(report.to_json(), indent=2))
     else:
         sys.stdout.write(_doctor_text.render(report))
     return 0 if report.ok else 1
+
+
+def _several(option: str, text: str | None, default: list[str]) -> list[str]:
+    if text is None:
+        return default
+    values = [value.strip().lower() for value in text.split(",")]
+    if not all(values):
+        raise ValueError(f"{option} is {text!r}; allowed: values separated by commas")
+    return values
+
+
+def _tuning_cases(options: dict[str, Any]) -> list[Any]:
+    from ._tune import DTYPES, Case
+
+    dtypes = _several("--dtype", options["dtype"], list(DTYPES))
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise ValueError(f"--dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
+    dims = _several("--head-dim", options["head_dim"], ["64", "128"])
+    for dim in dims:
+        if not dim.isdecimal() or int(dim) < 1:
+            raise ValueError(f"--head-dim is {dim!r}; allowed: whole numbers of at least 1")
+    masks = [False, True] if options["causal"] is None else [options["causal"]]
+    return [Case(dtype, int(dim), mask) for dtype in dtypes for dim in dims for mask in masks]
+
+
+def _run_tune(options: dict[str, Any]) -> int:
+    from . import _tune
+
+    if options["device"] is not None:
+        os.environ["MTLFLASHATTN_DEVICE"] = options["device"]
+    for option in ("length", "heads", "candidates"):
+        if options[option] is not None and options[option] < 1:
+            allowed = "a whole number of at least 1"
+            raise ValueError(f"--{option} is {options[option]}; allowed: {allowed}")
+    plan = _tune.Plan(
+        _tuning_cases(options),
+        options["length"],
+        options["heads"],
+        options["tier"],
+        options["tile"],
+        options["candidates"],
+    )
+    bar = Bar()
+    try:
+        results = _tune.tune(plan, bar)
+    finally:
+        bar.end()
+    file = None if options["dry_run"] else _tune.store(results, replace=options["clear"])
+    if options["json"]:
+        answer = {"file": file, "results": [asdict(result) for result in results]}
+        print(json.dumps(answer, indent=2))
+        return 0
+    for line in _tune.table(results):
+        print(line)
+    if file is not None:
+        print(f"kept in {file}")
+    return 0
 
 
 def _run_plan(options: dict[str, Any]) -> int:

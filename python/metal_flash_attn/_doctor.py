@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import itertools
 import os
 import platform
 import sys
@@ -26,6 +27,8 @@ FORMAT = 1
 OLDEST_TORCH = (2, 7)
 
 Device: TypeAlias = Literal["cpu", "mps", "simulator", "any"]
+
+Progress: TypeAlias = Callable[[str, int, int], None]
 
 _T = TypeVar("_T")
 
@@ -102,6 +105,27 @@ class Tier:
 
 
 @dataclass
+class Cache:
+    """What this machine has shown of the Metal kernels, kept between processes.
+
+    Attributes:
+        path: the file; None for a user without a folder for caches.
+        trouble: why it was not read or not written.
+        proved: kernels that compiled and got their probe right.
+        failed: kernels that did not, which serve no more.
+        first_use_seconds: what compiling and probing all of them took.
+        tuned_tiles: tiles that `tune` has found.
+    """
+
+    path: str | None
+    trouble: str | None
+    proved: int
+    failed: int
+    first_use_seconds: float
+    tuned_tiles: int
+
+
+@dataclass
 class Setting:
     """An environment variable; `rejected` says why its value is not used."""
 
@@ -142,6 +166,7 @@ class Report:
     gpu: Gpu | None
     cpu: Cpu | None
     tiers: list[Tier] | None
+    cache: Cache | None
     settings: list[Setting] | None
     shim: Shim | None
     sdpa: Sdpa | None
@@ -182,14 +207,19 @@ def describe(error: BaseException) -> str:
     return f"{name}: {text}" if text else name
 
 
-def examine() -> Report:
-    """Looks at this machine and this process."""
+def examine(*, probe: bool = False, progress: Progress = lambda *_: None) -> Report:
+    """Looks at this machine and this process.
+
+    Args:
+        probe: first compile and check the kernels that typical calls use.
+        progress: is told what is being probed, and how much of it is done.
+    """
     findings = Findings()
     look = findings.look
     versions = _versions()
     torch = _torch(findings, versions)
     native = _native(findings)
-    settings = cpu = gpu = tiers = None
+    settings = cpu = gpu = tiers = cache = None
     if native is not None:
         settings = look("settings", lambda: _settings(findings, native))
     machine = None
@@ -198,12 +228,17 @@ def examine() -> Report:
     if machine is not None and torch is not None:
         gpu = look("gpu", lambda: _gpu(findings, torch, machine))
         cpu = look("cpu", lambda: _cpu(findings, native, machine))
-        tiers = look("tiers", lambda: _tiers(findings, torch, machine, gpu))
+        if probe:
+            look("probes", lambda: probe_kernels(torch, machine, progress))
+        known = look("cache", native._probes)
+        verdicts = [] if known is None else known["verdicts"]
+        cache = look("cache", lambda: _cache(findings, known))
+        tiers = look("tiers", lambda: _tiers(findings, torch, machine, gpu, verdicts))
     shim = look("shim", lambda: _shim(findings))
     sdpa = look("sdpa", _sdpa) if torch is not None else None
     ok = all(finding.severity != "problem" for finding in findings)
     return Report(
-        FORMAT, ok, versions, gpu, cpu, tiers, settings, shim, sdpa, findings=list(findings)
+        FORMAT, ok, versions, gpu, cpu, tiers, cache, settings, shim, sdpa, list(findings)
     )
 
 
@@ -323,11 +358,85 @@ def _cpu(findings: Findings, native: Any, machine: dict[str, Any]) -> Cpu:
     return Cpu(machine["isa"], native.instruction_sets(), machine["threads"])
 
 
-def _tiers(findings: Findings, torch: Any, machine: dict[str, Any], gpu: Gpu | None) -> list[Tier]:
+def probe_kernels(torch: Any, machine: dict[str, Any], progress: Progress) -> None:
+    """Compiles and checks the kernels of typical calls; what becomes of them is in the record."""
+    from .interface import flash_attn_func  # noqa: PLC0415
+
+    metal = machine["metal"]
+    calls = [call for call in machine["calls"] if call["device"] == metal and call["tier"]]
+    device = "mps" if torch.backends.mps.is_available() else "cpu"
+    for index, (call, causal) in enumerate(itertools.product(calls, (False, True))):
+        progress(f"{_call_name(call)}{' causal' if causal else ''}", index, 2 * len(calls))
+        dtype = getattr(torch, call["dtype"])
+        q = torch.zeros((1, 40, 2, call["head_dim"]), dtype=dtype, device=device)
+        # The kernel is that of long sequences, because its tile is forced.
+        forced = environment(MTLFLASHATTN_KERNEL=call["tier"], MTLFLASHATTN_TILE=call["tile"] or "")
+        with forced, contextlib.suppress(NotImplementedError):
+            flash_attn_func(q, q, q, causal=causal)
+
+
+def _cache(findings: Findings, known: dict[str, Any] | None) -> Cache | None:
+    if known is None:
+        return None
+    if known["trouble"] is not None:
+        remedy = "make it readable and writable, or set MTLFLASHATTN_CACHE to another folder"
+        findings.note("cache", known["trouble"], remedy)
+    elif known["path"] is None:
+        text = "there is no folder for caches, so kernels prove themselves in every process"
+        findings.note("cache", text, "set MTLFLASHATTN_CACHE to a folder")
+    failed = sum(not verdict["proved"] for verdict in known["verdicts"])
+    return Cache(
+        path=known["path"],
+        trouble=known["trouble"],
+        proved=len(known["verdicts"]) - failed,
+        failed=failed,
+        first_use_seconds=known["first_use_seconds"],
+        tuned_tiles=known["tuned_tiles"],
+    )
+
+
+def _tiers(
+    findings: Findings,
+    torch: Any,
+    machine: dict[str, Any],
+    gpu: Gpu | None,
+    verdicts: list[dict[str, Any]],
+) -> list[Tier]:
     calls = machine["calls"]
     if calls and all(call["tier"] is None for call in calls):
         findings.problem("tiers", calls[0]["error"], "unset MTLFLASHATTN_KERNEL")
-    return [_tier(findings, torch, machine, gpu, name) for name in machine["tiers"]]
+    tiers = [_tier(findings, torch, machine, gpu, name) for name in machine["tiers"]]
+    for tier in tiers:
+        if tier.state == "available":
+            _judge(findings, tier, [x for x in verdicts if x["tier"] == tier.name])
+    return tiers
+
+
+def _judge(findings: Findings, tier: Tier, verdicts: list[dict[str, Any]]) -> None:
+    """Changes the state of a Metal tier to what its kernels have shown."""
+    failures = [verdict for verdict in verdicts if not verdict["proved"]]
+    proved = len(verdicts) - len(failures)
+    if proved:
+        tier.state = "proved"
+        tier.detail = f"{_count(proved, 'kernel')} got their probe right on this machine"
+    if not failures:
+        return
+    first = failures[0]
+    tier.state = "demoted"
+    tier.detail = (
+        f"{len(failures)} of {_count(len(verdicts), 'kernel')} failed here and serve no more; "
+        f"{first['dtype']} D{first['head_dim']}: {first['failure']}"
+    )
+    findings.problem(
+        "tiers",
+        f"the {tier.name} tier: {tier.detail}",
+        "after an update of macOS or torch they get another chance by themselves, and now with "
+        "MTLFLASHATTN_PROBE=force; please report it with the output of doctor --json",
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _tier(
@@ -401,7 +510,7 @@ def _error_of(torch: Any, tier: str) -> float:
     q = torch.rand(1, queries, heads, dim, generator=generator) - 0.5
     k = torch.rand(1, keys, heads, dim, generator=generator) - 0.5
     v = torch.rand(1, keys, heads, dim, generator=generator) - 0.5
-    with _environment(MTLFLASHATTN_KERNEL=tier, MTLFLASHATTN_DEVICE="auto"):
+    with environment(MTLFLASHATTN_KERNEL=tier, MTLFLASHATTN_DEVICE="auto"):
         got = flash_attn_func(q, k, v, causal=True)
     scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * dim**-0.5
     hidden = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
@@ -417,7 +526,7 @@ def _error_of(torch: Any, tier: str) -> float:
 
 
 @contextlib.contextmanager
-def _environment(**variables: str) -> Iterator[None]:
+def environment(**variables: str) -> Iterator[None]:
     """Sets variables for a while; only this thread must be at work."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)

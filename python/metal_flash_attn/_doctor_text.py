@@ -8,7 +8,7 @@ import sys
 import textwrap
 from collections.abc import Iterable, Iterator
 
-from ._doctor import Finding, Report, Setting, Shim, Tier
+from ._doctor import Cache, Finding, Report, Setting, Shim, Tier
 
 _MARKS = {"proved": "ok", "available": "ok", "demoted": "!!", "unavailable": "--"}
 _COLOURS = {"ok": "32", "!!": "31", "--": "2", "->": "36"}
@@ -51,6 +51,8 @@ class _Page:
         yield ""
         yield from self._tiers(report.tiers)
         yield ""
+        if report.cache is not None:
+            yield from self._labelled("cache", _cache(report.cache))
         yield from self._labelled("settings", _settings(report.settings))
         yield from self._labelled("flash_attn", _shim(report.shim))
         yield from self._labelled("SDPA patch", _sdpa(report))
@@ -172,6 +174,13 @@ def _calls(calls: list[str]) -> str:
     return "; ".join(
         f"{', '.join(dtypes)} at {' and '.join(dims)}" for dtypes, dims in groups.items()
     )
+
+
+def _cache(cache: Cache) -> Iterator[str]:
+    yield cache.path or "none: there is no folder for caches"
+    seconds = f"{cache.first_use_seconds:.1f} s for their first use"
+    tiles = f"{cache.tuned_tiles} tuned tiles"
+    yield f"{cache.proved} kernels proved, {cache.failed} failed, {seconds} in all; {tiles}"
 
 
 def _settings(settings: list[Setting] | None) -> Iterator[str]:

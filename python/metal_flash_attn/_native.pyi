@@ -10,6 +10,7 @@ __all__ = [
     "TraceEntry",
     "_SimulatedLibrary",
     "_SimulatedPipeline",
+    "_count_tile",
     "_forget_kernels",
     "_kernel_text",
     "_machine",
@@ -18,6 +19,8 @@ __all__ = [
     "_pretend_mps",
     "_probes",
     "_settings",
+    "_store_tiles",
+    "_tile_candidates",
     "backward_into",
     "execute_backward",
     "execute_operator",
@@ -40,6 +43,12 @@ class Plan:
     @property
     def isa(self) -> str | None:
         """Instruction set of the cpu tier; None for the others."""
+    @property
+    def tile(self) -> str | None:
+        """Tile of a Metal kernel, in words; None for tiers without tiles."""
+    @property
+    def tile_source(self) -> str | None:
+        """Where the tile comes from: "default", "tuned" or "forced"; None without one."""
     @property
     def reasons(self) -> list[tuple[str, str]]:
         """Every other tier, with the reason why it does not serve."""
@@ -201,6 +210,15 @@ def _probes() -> dict[str, Any] | None:
 
 def _machine() -> dict[str, Any]:
     """What the planner makes of this machine: its devices, and the tiers of typical calls."""
+
+def _tile_candidates(question: dict[str, Any], tile: str | None) -> dict[str, Any]:
+    """The tiles that could serve a call on this machine's device, the planner's own first."""
+
+def _count_tile(question: dict[str, Any], tile: str) -> dict[str, int]:
+    """Runs a call with a tile on the simulator, and counts."""
+
+def _store_tiles(winners: list[dict[str, Any]], replace: bool) -> str:
+    """Puts tuned tiles into the record of this machine; returns its file."""
 
 def _panic() -> None:
     """Panics in Rust, so that tests can see what becomes of it."""

@@ -124,7 +124,7 @@ const TILE: Variable = Variable {
     name: "MTLFLASHATTN_TILE",
     default: "",
     allowed: "fields of a tile separated by commas: simdgroups, row_fragments, keys, value_chunk = a number; \
-              staged = on, off; query = registers, threadgroup, device",
+              staged, in_step = on, off; query = registers, threadgroup, device",
     description: "Takes the best tile that has these fields; a call that has no such tile is an error.",
 };
 

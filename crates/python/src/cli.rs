@@ -1,7 +1,9 @@
 //! What `python -m metal_flash_attn` shows: plans and kernel texts for machines that need not be this one.
 
 use mtlflashattn_core::plan::occupancy::{CLASSES, MOST_HALVES, THREADGROUP_MEMORY};
-use mtlflashattn_core::plan::{Chip, Explanation, Gpu, Matmul, TileChoice, Traffic, Version, explain};
+use mtlflashattn_core::plan::{
+    Candidate, Chip, Explanation, Gpu, TileChoice, TileSource, Traffic, TunedTiles, Version, explain,
+};
 use mtlflashattn_core::{
     self as core, BiasKind, Device, Dtype, Lengths, MetalTile, Options, Planner, Problem, Settings, Strides,
     TensorMeta, Tier, settings,
@@ -11,7 +13,7 @@ use pyo3::prelude::*;
 
 use crate::error::{Result, guard};
 use crate::metal::kernel_of;
-use crate::{gpu, settings as process};
+use crate::{doctor, settings as process};
 
 /// The options of the command line, by their names there.
 #[derive(FromPyObject)]
@@ -112,6 +114,11 @@ fn with_option(error: core::Error) -> core::Error {
 }
 
 impl Question {
+    /// Name of the tier that is asked about.
+    pub fn tier(&self) -> Option<&str> {
+        self.tier.as_deref()
+    }
+
     /// The shapes of q, k and v; where none are given, one batch of 16 heads of 4096 rows.
     fn shapes(&self) -> core::Result<[Vec<i64>; 3]> {
         let head_dim = self.head_dim.unwrap_or(64);
@@ -135,7 +142,7 @@ impl Question {
         Ok([q, k, v])
     }
 
-    fn problem(&self) -> core::Result<Problem> {
+    pub fn problem(&self) -> core::Result<Problem> {
         let dtype = dtype(&self.dtype)?;
         let shapes = self.shapes()?;
         let strides = shapes.each_ref().map(|shape| contiguous(shape));
@@ -168,10 +175,26 @@ impl Question {
         problem.map_err(with_option)
     }
 
+    /// Whether the question is about this machine, if it has a device that takes Metal kernels.
+    const fn is_here(&self) -> bool {
+        matches!(self, Self { gpu: None, cores: None, macos: None, torch: None, .. })
+    }
+
+    /// What was measured on the machine that is asked about: nothing where that is another one.
+    fn tuned<'a>(&self, py: Python<'_>, resolved: &'a process::Resolved) -> Result<&'a TunedTiles> {
+        match doctor::metal_device(py, resolved)? {
+            Some(device) if self.is_here() => Ok(resolved.tuned(py, device)?),
+            _ => Ok(TunedTiles::NONE),
+        }
+    }
+
     /// The GPU that is asked about: the named one, or this machine's, or that of the simulator where there is none.
     fn gpu(&self, py: Python<'_>) -> Result<Gpu> {
-        let mps = py.import("torch")?.getattr("backends")?.getattr("mps")?.call_method0("is_available")?;
-        let here = if mps.is_truthy()? { gpu::of_torch(py)? } else { Gpu::SIMULATED };
+        let here = match doctor::metal_device(py, &*process::current(py)?)? {
+            Some(device) if self.is_here() => return Ok(device.gpu(py)?),
+            Some(device) => device.gpu(py)?,
+            None => Gpu::SIMULATED,
+        };
         let chip = self.gpu.as_deref().map_or(Ok(here.chip), chip)?;
         let same = chip == here.chip;
         let cores = match self.cores {
@@ -242,8 +265,8 @@ struct TileAnswer {
 }
 
 impl TileAnswer {
-    fn new(choice: TileChoice, matmul: Option<Matmul>, problem: &Problem) -> Self {
-        let TileChoice { tile, source, ignored } = choice;
+    fn new(choice: TileChoice, problem: &Problem) -> Self {
+        let TileChoice { candidate: Candidate { tile, matmul }, source, ignored } = choice;
         let MetalTile { simdgroups, row_fragments, keys, staged, value_chunk, query } = tile;
         let passes = tile.passes(problem.value_dim);
         let text = tile.to_string();
@@ -370,19 +393,25 @@ pub fn _plan_elsewhere(py: Python<'_>, question: Question) -> PyResult<PlanAnswe
     guard(|| {
         let problem = question.problem()?;
         let gpu = question.gpu(py)?;
-        let asked = &process::current(py)?.values;
+        let resolved = process::current(py)?;
+        let asked = &resolved.values;
         let settings = Settings { kernel: asked.kernel, tile: asked.tile.clone(), ..of_tensorops(asked) };
-        let planner = Planner::new(Device::Metal(gpu), &settings);
+        let tuned = question.tuned(py, &resolved)?;
+        let planner = Planner { tuned, ..Planner::new(Device::Metal(gpu), &settings) };
         let plan = planner.plan(&problem)?;
         // Tensors with memory of their own start where a page or a line of the cache does.
         let kernel = kernel_of(&plan, &problem, question.lse).map(|kernel| kernel.aligned(&problem, [0; 3]));
         let passed_over = planner.passed_over(&problem, &plan);
         // The model of registers is that of the simdgroup kernel.
         let why = plan.metal.filter(|_| plan.matmul.is_none()).and_then(|tile| explain(&problem, &gpu, &tile));
+        let choice = planner.tile_choice(&problem, plan.tier);
+        // What was measured or asked for was not decided against its rivals by criteria.
+        let by_criteria = choice.as_ref().is_some_and(|choice| choice.source == TileSource::Default);
+        let why = why.map(|why| Explanation { rival: why.rival.filter(|_| by_criteria), ..why });
         Ok(PlanAnswer {
             gpu: GpuAnswer::new(&gpu),
             tier: plan.tier.name(),
-            tile: planner.tile_choice(&problem, plan.tier).map(|choice| TileAnswer::new(choice, plan.matmul, &problem)),
+            tile: choice.map(|choice| TileAnswer::new(choice, &problem)),
             launch: kernel.map(|kernel| LaunchAnswer::new(&kernel, &problem)).transpose()?,
             predicted: why.map(|why| Prediction::new(&why, &gpu)),
             passed_over: passed_over
@@ -403,11 +432,16 @@ pub struct MslAnswer {
     source: String,
 }
 
-fn tier_named(name: &str) -> core::Result<Tier> {
+pub fn tier_named(name: &str) -> core::Result<Tier> {
+    Ok(kernel_named(name)?.1)
+}
+
+/// The value of `MTLFLASHATTN_KERNEL` that forces a Metal tier, and the tier.
+pub fn kernel_named(name: &str) -> core::Result<(settings::Kernel, Tier)> {
     let variable = settings::VARIABLES[0];
     let (settings, warnings) = Settings::parse(|asked| (asked == variable.name).then(|| name.to_owned()));
     match settings.kernel.tier() {
-        Some(tier) if warnings.is_empty() && tier.is_metal() => Ok(tier),
+        Some(tier) if warnings.is_empty() && tier.is_metal() => Ok((settings.kernel, tier)),
         _ => Err(value_error(
             "--tier",
             format!("{name:?}"),
@@ -424,8 +458,10 @@ pub fn _kernel_text(py: Python<'_>, question: Question) -> PyResult<MslAnswer> {
         let tier = tier_named(question.tier.as_deref().unwrap_or("simdgroup"))?;
         let problem = question.problem()?;
         let gpu = question.gpu(py)?;
-        let settings = of_tensorops(&process::current(py)?.values);
-        let planner = Planner::new(Device::Metal(gpu), &settings);
+        let resolved = process::current(py)?;
+        let settings = Settings { tile: resolved.values.tile.clone(), ..of_tensorops(&resolved.values) };
+        let tuned = question.tuned(py, &resolved)?;
+        let planner = Planner { tuned, ..Planner::new(Device::Metal(gpu), &settings) };
         let refused = |reason: String| core::Error::Unsupported {
             argument: "--tier",
             got: format!("{tier} for this call"),
@@ -438,7 +474,7 @@ pub fn _kernel_text(py: Python<'_>, question: Question) -> PyResult<MslAnswer> {
         Ok(MslAnswer {
             gpu: GpuAnswer::new(&gpu),
             tier: tier.name(),
-            tile: planner.tile_choice(&problem, tier).map(|choice| TileAnswer::new(choice, plan.matmul, &problem)),
+            tile: planner.tile_choice(&problem, tier).map(|choice| TileAnswer::new(choice, &problem)),
             launch: LaunchAnswer::new(&kernel, &problem)?,
             source: kernel.source(),
         })

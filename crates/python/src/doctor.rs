@@ -1,5 +1,6 @@
 //! What `python -m metal_flash_attn doctor` asks about this machine; `_doctor.py` puts it into words.
 
+use mtlflashattn_core::plan::{Candidate, TilePattern};
 use mtlflashattn_core::settings::{VARIABLES, Variable};
 use mtlflashattn_core::{Device, Dtype, Options, Planner, Problem, Settings, TensorMeta, Tier};
 use mtlflashattn_cpu::Isa;
@@ -63,6 +64,8 @@ pub struct CallAnswer {
     tier: Option<&'static str>,
     /// What it raises then.
     error: Option<String>,
+    /// The tile of a Metal kernel, as `MTLFLASHATTN_TILE` takes it.
+    tile: Option<String>,
     unavailable: Vec<UnavailableAnswer>,
 }
 
@@ -152,6 +155,10 @@ fn call(device: &'static str, planner: &Planner<'_>, problem: &Problem, head_dim
         head_dim,
         tier: planned.as_ref().ok().map(|plan| plan.tier.name()),
         error: planned.as_ref().err().map(ToString::to_string),
+        tile: planned
+            .as_ref()
+            .ok()
+            .and_then(|plan| Some(TilePattern::of(&Candidate { tile: plan.metal?, matmul: plan.matmul }).to_string())),
         unavailable: Tier::ALL.into_iter().filter_map(unavailable).collect(),
     }
 }

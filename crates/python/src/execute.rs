@@ -155,7 +155,7 @@ fn execute_on_metal<'py>(
     let gpu = device.gpu(py)?;
     let mut operands = None;
     let mut demotions = Demotions::default();
-    let mut plan = resolved.plans.get(problem, gpu, settings)?;
+    let mut plan = resolved.plans.get(problem, gpu, settings, resolved.tuned(py, device)?)?;
     loop {
         let Some(kernel) = metal::kernel_of(&plan, problem, want_lse) else {
             let offsets = Offsets::read(torch, form, objects, views, problem)?;
@@ -171,6 +171,13 @@ fn execute_on_metal<'py>(
             Ok(()) => break,
             Err(Fault::Raised(error)) => return Err(error),
             Err(fault) => {
+                let planner = Planner { demotions: &demotions, ..Planner::new(Device::Metal(gpu), settings) };
+                let untuned = planner.plan(problem)?;
+                // A tuned tile that fails says nothing about the planner's own.
+                if untuned.tier == plan.tier && untuned != plan {
+                    plan = untuned;
+                    continue;
+                }
                 demotions.demote(plan.tier, fault.reason());
                 let planner = Planner { demotions: &demotions, ..Planner::new(Device::Metal(gpu), settings) };
                 let next = planner.plan(problem)?;

@@ -28,6 +28,7 @@ mod simulated;
 mod tensor;
 mod torch;
 mod trace;
+mod tune;
 mod verdicts;
 
 use pyo3::prelude::*;
@@ -59,4 +60,6 @@ mod _native {
     use super::simulated::{SimulatedLibrary, SimulatedPipeline};
     #[pymodule_export]
     use super::trace::{TraceBlock, TraceEntry};
+    #[pymodule_export]
+    use super::tune::{_count_tile, _store_tiles, _tile_candidates};
 }

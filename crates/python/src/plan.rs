@@ -1,6 +1,6 @@
 //! `plan()`: which tier would serve a call, and why not the others.
 
-use mtlflashattn_core::plan::Reason;
+use mtlflashattn_core::plan::{Reason, TileChoice, TunedTiles};
 use mtlflashattn_core::{self as core, Demotions, Device, Planner, Tier};
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -21,6 +21,10 @@ pub struct Plan {
     tier: &'static str,
     /// Instruction set of the cpu tier; `None` for the others.
     isa: Option<&'static str>,
+    /// The tile of a Metal kernel, in words; `None` for tiers without tiles.
+    tile: Option<String>,
+    /// Where the tile comes from: "default", "tuned" or "forced".
+    tile_source: Option<&'static str>,
     /// Every other tier, with the reason why it does not serve.
     reasons: Vec<(&'static str, String)>,
 }
@@ -28,17 +32,26 @@ pub struct Plan {
 impl Plan {
     fn new(tier: Tier, isa: Option<&'static str>, passed_over: &[(Tier, Reason)]) -> Self {
         let reasons = passed_over.iter().map(|(tier, reason)| (tier.name(), reason.to_string())).collect();
-        Self { tier: tier.name(), isa, reasons }
+        Self { tier: tier.name(), isa, tile: None, tile_source: None, reasons }
+    }
+
+    fn with_tile(self, choice: Option<TileChoice>) -> Self {
+        let tile_source = choice.as_ref().map(|choice| choice.source.name());
+        Self { tile: choice.map(|choice| choice.candidate.to_string()), tile_source, ..self }
     }
 }
 
 #[pymethods]
 impl Plan {
     fn __repr__(&self) -> String {
-        let Self { tier, isa, reasons } = self;
+        let Self { tier, isa, tile, tile_source, reasons } = self;
         let isa = isa.map_or_else(|| "None".into(), |isa| format!("'{isa}'"));
         let reasons: Vec<String> = reasons.iter().map(|(tier, reason)| format!("('{tier}', '{reason}')")).collect();
-        format!("Plan(tier='{tier}', isa={isa}, reasons=[{}])", reasons.join(", "))
+        let tile = match (tile, tile_source) {
+            (Some(tile), Some(source)) => format!(", tile='{tile}', tile_source='{source}'"),
+            _ => String::new(),
+        };
+        format!("Plan(tier='{tier}', isa={isa}{tile}, reasons=[{}])", reasons.join(", "))
     }
 }
 
@@ -101,20 +114,26 @@ pub fn plan<'py>(
             return Ok(Plan::new(tier, (tier == Tier::Cpu).then(|| isa.name()), &passed_over));
         }
         let mut demotions = Demotions::default();
-        let (plan, passed_over) = loop {
-            let planner = Planner { demotions: &demotions, ..Planner::new(device, &settings.values) };
+        let tuned_here = metal.map(|metal| settings.tuned(py, metal)).transpose()?;
+        let mut tuned = tuned_here.unwrap_or(TunedTiles::NONE);
+        let (passed_over, tile, plan) = loop {
+            let planner = Planner { demotions: &demotions, tuned, ..Planner::new(device, &settings.values) };
             let plan = planner.plan(&problem)?;
             let refusal = match metal {
                 Some(metal) => metal::refusal(py, metal, &plan, &problem, &settings.values)?,
                 None => None,
             };
             let Some(refusal) = refusal else {
-                let passed_over = planner.passed_over(&problem, &plan);
-                break (plan, passed_over);
+                break (planner.passed_over(&problem, &plan), planner.tile_choice(&problem, plan.tier), plan);
             };
-            demotions.demote(plan.tier, refusal.to_string());
+            if tuned.is_empty() {
+                demotions.demote(plan.tier, refusal.to_string());
+            }
+            // A tuned tile that fails says nothing about the planner's own.
+            tuned = TunedTiles::NONE;
         };
-        Ok(Plan::new(plan.tier, plan.cpu.is_some().then(|| isa.name()), &passed_over))
+        let isa = plan.cpu.is_some().then(|| isa.name());
+        Ok(Plan::new(plan.tier, isa, &passed_over).with_tile(tile))
     })
 }
 

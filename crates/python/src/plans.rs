@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
-use mtlflashattn_core::plan::{Gpu, has_plain_rows};
+use mtlflashattn_core::plan::{Gpu, TunedTiles, has_plain_rows};
 use mtlflashattn_core::{BiasKind, Device, Dtype, Lengths, Mask, Plan, Planner, Problem, Result, Settings};
 
 /// Most plans that are kept; lengths that never come again must not fill the memory.
@@ -51,13 +51,13 @@ pub struct Plans(Mutex<HashMap<Key, Plan>>);
 
 impl Plans {
     /// The plan for `problem` on `gpu` when no kernel of it has failed.
-    pub fn get(&self, problem: &Problem, gpu: Gpu, settings: &Settings) -> Result<Plan> {
+    pub fn get(&self, problem: &Problem, gpu: Gpu, settings: &Settings, tuned: &TunedTiles) -> Result<Plan> {
         let key = Key::new(problem, gpu);
         let mut plans = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(plan) = plans.get(&key) {
             return Ok(plan.clone());
         }
-        let plan = Planner::new(Device::Metal(gpu), settings).plan(problem)?;
+        let plan = Planner { tuned, ..Planner::new(Device::Metal(gpu), settings) }.plan(problem)?;
         if plans.len() == CAPACITY {
             plans.clear();
         }

@@ -2,8 +2,9 @@
 
 use std::ffi::CString;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use mtlflashattn_core::plan::TunedTiles;
 use mtlflashattn_core::{self as core, Settings, settings};
 use mtlflashattn_cpu::Isa;
 use pyo3::exceptions::{PyRuntimeError, PyRuntimeWarning};
@@ -14,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::metal::MetalDevice;
 use crate::plans::Plans;
 use crate::tensor::Place;
+use crate::tune;
 
 /// Settings, and what follows from them.
 pub struct Resolved {
@@ -23,6 +25,8 @@ pub struct Resolved {
     stand_in: Option<MetalDevice>,
     /// The plans for Metal devices.
     pub plans: Plans,
+    /// The tiles that were measured on them, read when they are first asked for.
+    tuned: [OnceLock<TunedTiles>; 2],
 }
 
 impl Resolved {
@@ -36,7 +40,7 @@ impl Resolved {
             Some(isa) => isa.is_available().then_some(isa),
             None => Some(Isa::best()),
         };
-        Self { values, isa, stand_in, plans: Plans::default() }
+        Self { values, isa, stand_in, plans: Plans::default(), tuned: Default::default() }
     }
 
     /// The device whose kernels compute tensors of `place`, if there is one.
@@ -46,6 +50,18 @@ impl Resolved {
             Place::Mps => Some(MetalDevice::Mps),
             Place::Other => None,
         }
+    }
+
+    /// The tiles that were measured on `device`: none where the record cannot be read.
+    pub fn tuned(&self, py: Python<'_>, device: MetalDevice) -> PyResult<&TunedTiles> {
+        let tuned = &self.tuned[device as usize];
+        if let Some(tuned) = tuned.get() {
+            return Ok(tuned);
+        }
+        // Asking runs Python code, so that two threads may read the same record.
+        let record = device.known(py, &self.values)?.record;
+        let records = record.tiles.into_iter().map(|(name, tuned)| (name, tune::text_of(&tuned.tile)));
+        Ok(tuned.get_or_init(|| TunedTiles::new(records)))
     }
 
     /// Instruction set of the cpu tier.
@@ -72,7 +88,7 @@ pub fn _pretend_mps(py: Python<'_>, on: bool) -> PyResult<()> {
         return Err(PyRuntimeError::new_err("a real MPS device would read the memory of CPU tensors wrongly"));
     }
     PRETENDING.store(on, Ordering::Relaxed);
-    *CACHED.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    forget();
     Ok(())
 }
 
@@ -82,6 +98,11 @@ pub fn sdpa_settings(py: Python<'_>) -> PyResult<(&'static str, f64, usize, usiz
     let resolved = current(py)?;
     let Settings { sdpa, sdpa_min_gb, sdpa_min_seq, sdpa_fast_min_seq, .. } = resolved.values;
     Ok((sdpa.name(), sdpa_min_gb, sdpa_min_seq, sdpa_fast_min_seq))
+}
+
+/// Forgets what follows from the settings, such as plans, when something else that it follows from has changed.
+pub fn forget() {
+    *CACHED.lock().unwrap_or_else(PoisonError::into_inner) = None;
 }
 
 /// The environment that the settings were parsed from, and the settings.

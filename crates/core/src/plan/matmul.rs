@@ -133,11 +133,15 @@ pub fn has_plain_rows(problem: &Problem) -> bool {
     plain(problem.k, problem.head_dim) && plain(problem.v, problem.value_dim)
 }
 
-/// The tile of `tier` for `problem`.
+/// The tiles of `tier` for `problem`, the planner's own choice first.
 ///
 /// # Errors
 /// [`Reason::NoMatmulTile`] when no block of K and V fits in threadgroup memory.
-pub(super) fn choose(problem: &Problem, tier: Tier, settings: &Settings) -> Result<(MetalTile, Matmul), Reason> {
+pub(super) fn candidates(
+    problem: &Problem,
+    tier: Tier,
+    settings: &Settings,
+) -> Result<Vec<(MetalTile, Matmul)>, Reason> {
     let Problem { dtype, lengths, head_dim, value_dim, .. } = *problem;
     let staged = tier == Tier::TensoropsStaged;
     let key_len = lengths.max_key_len();
@@ -165,6 +169,7 @@ pub(super) fn choose(problem: &Problem, tier: Tier, settings: &Settings) -> Resu
         &[QueryHome::Threadgroup, QueryHome::Device][..]
     };
     let most_simdgroups = lengths.max_query_len().div_ceil(MATRIX).next_power_of_two().min(SIMDGROUPS);
+    let (mut in_step, mut out_of_step) = (Vec::new(), Vec::new());
     let mut bytes = usize::MAX;
     for keys in [KEYS, MATRIX] {
         for &query in nearest {
@@ -173,13 +178,17 @@ pub(super) fn choose(problem: &Problem, tier: Tier, settings: &Settings) -> Resu
                 let keep_step = !staged && simdgroups > 1;
                 let matmul = Matmul { head_step, value_step, operands, weights, relaxed, keep_step };
                 if matmul.fits(&tile, dtype, head_dim, value_dim) {
-                    return Ok((tile, matmul));
+                    in_step.push((tile, matmul));
+                    if keep_step {
+                        out_of_step.push((tile, Matmul { keep_step: false, ..matmul }));
+                    }
                 }
                 bytes = bytes.min(matmul.threadgroup_bytes(&tile, dtype, head_dim));
             }
         }
     }
-    Err(Reason::NoMatmulTile { head_dim, value_dim, dtype, bytes })
+    in_step.append(&mut out_of_step);
+    if in_step.is_empty() { Err(Reason::NoMatmulTile { head_dim, value_dim, dtype, bytes }) } else { Ok(in_step) }
 }
 
 /// Why `tier` does not serve `problem` on `gpu` although its kernels could; `forced` says that the user asked for it.

@@ -5,7 +5,6 @@ use std::cmp::Reverse;
 use super::gpu::Gpu;
 use super::occupancy::{KernelShape, Occupancy};
 use super::tile::{FRAGMENT, MetalTile, QueryHome, Refusal, Traffic};
-use super::tuned::{TileChoice, TilePattern, TileSource, offered};
 use crate::Problem;
 
 /// Longest sequence and largest head dimension that a Metal kernel takes, so that sums of two lengths and a window bound
@@ -32,6 +31,12 @@ impl Preference {
             Self { most_halves: 180, device_cost: 4 }
         }
     }
+}
+
+/// What a byte from device memory costs on `gpu`, in bytes from threadgroup memory, when tiles are compared.
+#[must_use]
+pub const fn device_cost(gpu: &Gpu) -> usize {
+    Preference::of(gpu).device_cost
 }
 
 /// Simdgroups of a threadgroup, the preferred number first: what published kernels have.
@@ -170,27 +175,11 @@ impl<'a> Search<'a> {
     }
 }
 
-/// Why no tile was chosen.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum NoTile {
-    /// Every tile is refused; this is the refusal of the one that needs the least.
-    Refused(Refusal),
-    /// No tile is what the user asks for; these are the values that tiles have.
-    NoMatch {
-        /// In words.
-        offered: String,
-    },
-}
-
 /// The tiles that `problem` can have on `gpu`, the planner's own choice first.
 ///
 /// # Errors
 /// The refusal of the tile that needs the least, when every tile is refused.
 pub fn candidates(problem: &Problem, gpu: &Gpu) -> Result<Vec<MetalTile>, Refusal> {
-    Ok(judged(problem, gpu)?.into_iter().map(|(_, tile)| tile).collect())
-}
-
-fn judged(problem: &Problem, gpu: &Gpu) -> Result<Vec<(Score, MetalTile)>, Refusal> {
     let mut tiles: Vec<(Score, MetalTile)> = Vec::new();
     let mut least = Refusal::Spills { halves: usize::MAX };
     Search::new(problem, gpu).run(|tile, score| match score {
@@ -199,38 +188,14 @@ fn judged(problem: &Problem, gpu: &Gpu) -> Result<Vec<(Score, MetalTile)>, Refus
     });
     // Equals stay in the order of the search.
     tiles.sort_by_key(|&(score, _)| score);
-    if tiles.is_empty() { Err(least) } else { Ok(tiles) }
+    if tiles.is_empty() { Err(least) } else { Ok(tiles.into_iter().map(|(_, tile)| tile).collect()) }
 }
 
-/// The best tile for `problem` on `gpu` that has the `wanted` fields, or the `tuned` one where it suits the problem.
-pub(super) fn choose(
-    problem: &Problem,
-    gpu: &Gpu,
-    wanted: Option<&TilePattern>,
-    tuned: Option<&Result<TilePattern, String>>,
-) -> Result<TileChoice, NoTile> {
-    let tiles = judged(problem, gpu).map_err(NoTile::Refused)?;
-    let find = |pattern: &TilePattern| tiles.iter().find(|(_, tile)| pattern.matches(tile));
-    if let Some(wanted) = wanted {
-        let no_match =
-            || NoTile::NoMatch { offered: offered(&tiles.iter().map(|&(_, tile)| tile).collect::<Vec<_>>()) };
-        let &(_, tile) = find(wanted).ok_or_else(no_match)?;
-        return Ok(TileChoice { tile, source: TileSource::Forced, ignored: None });
-    }
-    let (default, tile) = tiles[0];
-    let ignored = |reason| Some(format!("the tuned tile is ignored: {reason}"));
-    let ignored = match tuned {
-        None => None,
-        Some(Err(text)) => ignored(format!("its record {text:?} is none of this version")),
-        Some(Ok(pattern)) => match find(pattern) {
-            None => ignored(format!("{pattern} is no candidate of this version")),
-            Some((score, tile)) => match score.suits_less_than(&default) {
-                None => return Ok(TileChoice { tile: *tile, source: TileSource::Tuned, ignored: None }),
-                Some(words) => ignored(format!("{tile}; at these sizes the default has {words}")),
-            },
-        },
-    };
-    Ok(TileChoice { tile, source: TileSource::Default, ignored })
+/// What the planner's own choice for `problem` has and `tile` lacks at these sizes, if anything.
+pub(super) fn objection(problem: &Problem, gpu: &Gpu, default: &MetalTile, tile: &MetalTile) -> Option<&'static str> {
+    let search = Search::new(problem, gpu);
+    let score = |tile: &MetalTile| Some(search.score(tile, &tile.occupancy(&search.shape).ok()?));
+    score(tile)?.suits_less_than(&score(default)?)
 }
 
 /// The refusal that is closer to a tile that runs. Only registers can refuse all tiles: small direct ones need no

@@ -13,8 +13,6 @@ mod tests;
 mod tile;
 mod tuned;
 
-use metal::NoTile;
-
 use crate::{Error, Problem, Result, Settings, Tier, settings};
 
 pub use backward::{BackwardPlan, CpuBackwardTile};
@@ -22,10 +20,10 @@ pub use backward_tile::{BackwardPass, BackwardTile, backward_passes};
 pub use cpu::{CpuPath, CpuTile};
 pub use gpu::{Chip, Gpu, Missing, Size, Version};
 pub use matmul::{MATRIX, Matmul, Operands, Weights, has_plain_rows};
-pub use metal::{Explanation, MAX_LEN, candidates, explain};
+pub use metal::{Explanation, MAX_LEN, candidates, device_cost, explain};
 pub use reason::{Demotions, Reason};
 pub use tile::{FRAGMENT, MetalTile, QueryHome, Refusal, Traffic};
-pub use tuned::{TileChoice, TilePattern, TileSource, TunedTiles, TuningKey};
+pub use tuned::{Candidate, TileChoice, TilePattern, TileSource, TunedTiles, TuningKey};
 
 /// Where the tensors live, with what the planner needs to know about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +61,10 @@ impl Plan {
     #[must_use]
     pub const fn of(tier: Tier) -> Self {
         Self { tier, cpu: None, metal: None, matmul: None }
+    }
+
+    fn with(self, Candidate { tile, matmul }: Candidate) -> Self {
+        Self { metal: Some(tile), matmul, ..self }
     }
 }
 
@@ -169,48 +171,64 @@ impl<'a> Planner<'a> {
         if largest > MAX_LEN {
             return Err(Reason::TooLong(largest));
         }
-        match plan.tier {
+        let tier = plan.tier;
+        match tier {
             Tier::Tensorops | Tier::TensoropsStaged => {
                 let forced = self.settings.kernel.tier() == Some(plan.tier);
                 if let Some(reason) = matmul::refuses(problem, &gpu, plan.tier, self.settings, forced) {
                     return Err(reason);
                 }
-                let (tile, matmul) = matmul::choose(problem, plan.tier, self.settings)?;
-                if let Some(wanted) = self.settings.tile.as_ref().filter(|wanted| !wanted.matches(&tile)) {
-                    return Err(Reason::NoSuchTile { wanted: wanted.to_string(), offered: tuned::offered(&[tile]) });
-                }
-                Ok(Plan { metal: Some(tile), matmul: Some(matmul), ..plan })
+                Ok(plan.with(self.choose_tile(problem, tier, &gpu)?.candidate))
             }
-            Tier::Simdgroup => {
-                let tile = self.choose_tile(problem, plan.tier, &gpu)?.tile;
-                Ok(Plan { metal: Some(tile), ..plan })
-            }
+            Tier::Simdgroup => Ok(plan.with(self.choose_tile(problem, tier, &gpu)?.candidate)),
             Tier::Scalar | Tier::Torch | Tier::Cpu => Ok(plan),
         }
     }
+
     /// The tile of `tier` for `problem`, where it is a tier of this device that has tiles and can serve.
     #[must_use]
     pub fn tile_choice(&self, problem: &Problem, tier: Tier) -> Option<TileChoice> {
         let Device::Metal(gpu) = self.device else { return None };
-        let plan = self.serve(problem, tier).ok()?;
-        let tile = plan.metal?;
-        if plan.matmul.is_some() {
-            return Some(TileChoice { tile, source: TileSource::Default, ignored: None });
-        }
+        self.serve(problem, tier).ok()?.metal?;
         self.choose_tile(problem, tier, &gpu).ok()
+    }
+
+    /// The tiles that `tier` can have for `problem`, the planner's own choice first, whatever was measured or is asked
+    /// for.
+    ///
+    /// # Errors
+    /// [`Reason`] when the tier cannot serve the problem, or has no tiles.
+    pub fn candidates(&self, problem: &Problem, tier: Tier) -> std::result::Result<Vec<Candidate>, Reason> {
+        let plan = self.serve(problem, tier)?;
+        match (self.device, plan.metal) {
+            (Device::Metal(gpu), Some(_)) => self.tiles(problem, tier, &gpu),
+            _ => Err(Reason::NoTiles),
+        }
+    }
+
+    fn tiles(&self, problem: &Problem, tier: Tier, gpu: &Gpu) -> std::result::Result<Vec<Candidate>, Reason> {
+        if tier == Tier::Simdgroup {
+            let Problem { head_dim, value_dim, dtype, .. } = *problem;
+            let tiles = candidates(problem, gpu);
+            let tiles = tiles.map_err(|refusal| Reason::NoTile { head_dim, value_dim, dtype, refusal })?;
+            return Ok(tiles.into_iter().map(|tile| Candidate { tile, matmul: None }).collect());
+        }
+        let tiles = matmul::candidates(problem, tier, self.settings)?;
+        Ok(tiles.into_iter().map(|(tile, matmul)| Candidate { tile, matmul: Some(matmul) }).collect())
     }
 
     fn choose_tile(&self, problem: &Problem, tier: Tier, gpu: &Gpu) -> std::result::Result<TileChoice, Reason> {
         let wanted = self.settings.tile.as_ref();
         let tuned = self.tuned.get(&TuningKey::of(tier, problem));
-        metal::choose(problem, gpu, wanted, tuned).map_err(|error| match error {
-            NoTile::Refused(refusal) => {
-                let Problem { head_dim, value_dim, dtype, .. } = *problem;
-                Reason::NoTile { head_dim, value_dim, dtype, refusal }
-            }
-            NoTile::NoMatch { offered } => {
-                Reason::NoSuchTile { wanted: wanted.map(ToString::to_string).unwrap_or_default(), offered }
-            }
+        let tiles = self.tiles(problem, tier, gpu)?;
+        let objection = |tuned: &Candidate| match tier {
+            Tier::Simdgroup => metal::objection(problem, gpu, &tiles[0].tile, &tuned.tile),
+            // The tensorops tiers have no candidates that do not suit the sizes.
+            _ => None,
+        };
+        TileChoice::new(&tiles, wanted, tuned, objection).map_err(|offered| Reason::NoSuchTile {
+            wanted: wanted.map(ToString::to_string).unwrap_or_default(),
+            offered,
         })
     }
 }

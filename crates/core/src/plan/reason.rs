@@ -64,6 +64,8 @@ pub enum Reason {
         /// The values that tiles for this call have.
         offered: String,
     },
+    /// The tier has no tiles to choose from.
+    NoTiles,
     /// A sequence or a head dimension is longer than kernels can count.
     TooLong(usize),
     /// The tier failed on this machine.
@@ -116,6 +118,7 @@ impl fmt::Display for Reason {
                 let dims = if head_dim == value_dim { String::new() } else { format!("/{value_dim}") };
                 write!(f, "the leanest tile for head_dim {head_dim}{dims} in {dtype} needs {refusal}")
             }
+            Self::NoTiles => f.write_str("it has no tiles to choose from"),
             Self::NoSuchTile { wanted, offered } => {
                 write!(f, "MTLFLASHATTN_TILE is {wanted}; tiles for this call have {offered}")
             }

@@ -495,8 +495,8 @@ proptest! {
         let v2_preuse = if preuse { settings::Switch::On } else { settings::Switch::Off };
         let settings = Settings { v2_preuse, v2_fp32_min_seq: 0, ..Settings::DEFAULT };
         for tier in [Tier::Tensorops, Tier::TensoropsStaged] {
-            let (tile, matmul) = match matmul::choose(&problem, tier, &settings) {
-                Ok(both) => both,
+            let (tile, matmul) = match matmul::candidates(&problem, tier, &settings) {
+                Ok(tiles) => tiles[0],
                 Err(reason) => {
                     prop_assert!(tier == Tier::TensoropsStaged && head_dim * dtype.size() > 1200, "{reason}");
                     continue;
@@ -547,6 +547,10 @@ proptest! {
     }
 }
 
+fn tiles_on_m1(problem: &Problem) -> Vec<Candidate> {
+    planner(Device::Metal(M1), &Settings::default()).candidates(problem, Tier::Simdgroup).unwrap()
+}
+
 /// A long problem on an M1 whose record of tuned tiles says `text`.
 fn choice_with_record(problem: &Problem, text: &str) -> TileChoice {
     let settings = Settings::DEFAULT;
@@ -554,32 +558,32 @@ fn choice_with_record(problem: &Problem, text: &str) -> TileChoice {
     let tuned = TunedTiles::new([(name, text.to_owned()), ("simdgroup float16 8/8".into(), "keys=8".into())]);
     let planner = Planner { tuned: &tuned, ..Planner::new(Device::Metal(M1), &settings) };
     let choice = planner.tile_choice(problem, Tier::Simdgroup).unwrap();
-    assert_eq!(planner.plan(problem).unwrap().metal, Some(choice.tile));
+    assert_eq!(planner.plan(problem).unwrap().metal, Some(choice.candidate.tile));
     choice
 }
 
 #[test]
 fn a_tuned_tile_takes_the_place_of_the_default() {
     let problem = prefill();
-    let tiles = candidates(&problem, &M1).unwrap();
+    let tiles = tiles_on_m1(&problem);
     for tile in &tiles[1..] {
         let choice = choice_with_record(&problem, &TilePattern::of(tile).to_string());
-        let expected = TileChoice { tile: *tile, source: TileSource::Tuned, ignored: None };
+        let expected = TileChoice { candidate: *tile, source: TileSource::Tuned, ignored: None };
         if choice.source == TileSource::Tuned {
             assert_eq!(choice, expected);
         } else {
-            assert_eq!(choice.tile, tiles[0]);
+            assert_eq!(choice.candidate, tiles[0]);
             assert!(choice.ignored.unwrap().contains("at these sizes the default has "));
         }
     }
     let second = choice_with_record(&problem, &TilePattern::of(&tiles[1]).to_string());
-    assert_eq!((second.tile, second.source), (tiles[1], TileSource::Tuned));
+    assert_eq!((second.candidate, second.source), (tiles[1], TileSource::Tuned));
 }
 
 #[test]
 fn a_record_that_is_no_tile_of_this_problem_is_ignored_with_a_reason() {
     let problem = prefill();
-    let default = candidates(&problem, &M1).unwrap()[0];
+    let default = tiles_on_m1(&problem)[0];
     for (text, reason) in [
         ("keys=64", "the tuned tile is ignored: keys=64 is no candidate of this version"),
         ("cores=8", "the tuned tile is ignored: its record \"cores=8\" is none of this version"),
@@ -588,19 +592,19 @@ fn a_record_that_is_no_tile_of_this_problem_is_ignored_with_a_reason() {
     ] {
         let choice = choice_with_record(&problem, text);
         let ignored = Some(reason.to_owned());
-        assert_eq!(choice, TileChoice { tile: default, source: TileSource::Default, ignored });
+        assert_eq!(choice, TileChoice { candidate: default, source: TileSource::Default, ignored });
     }
 }
 
 #[test]
 fn a_tile_tuned_for_long_sequences_is_not_forced_on_short_ones() {
     let long = problem([1, 8192, 8, 64], [8192, 8], false);
-    let tile = candidates(&long, &M1).unwrap()[0];
+    let tile = tiles_on_m1(&long)[0];
     let text = TilePattern::of(&tile).to_string();
     assert_eq!(choice_with_record(&long, &text).source, TileSource::Tuned);
     let decode = problem([1, 1, 8, 64], [8192, 8], false);
     let choice = choice_with_record(&decode, &text);
-    assert_eq!((choice.tile.simdgroups, choice.source), (1, TileSource::Default));
+    assert_eq!((choice.candidate.tile.simdgroups, choice.source), (1, TileSource::Default));
     let reason = choice.ignored.unwrap();
     assert!(reason.contains("at these sizes the default has "), "{reason}");
     // The record of another dtype, head dimension or feature is nobody else's.
@@ -623,8 +627,11 @@ fn a_forced_tile_serves_or_the_error_names_those_that_would() {
     let settings = with_tile("keys=8,simdgroups=2");
     let planner_of_gpu = planner(Device::Metal(M1), &settings);
     let choice = planner_of_gpu.tile_choice(&problem, Tier::Simdgroup).unwrap();
-    assert_eq!((choice.tile.keys, choice.tile.simdgroups, choice.source), (8, 2, TileSource::Forced));
-    assert_eq!(planner_of_gpu.plan(&problem).unwrap().metal, Some(choice.tile));
+    assert_eq!(
+        (choice.candidate.tile.keys, choice.candidate.tile.simdgroups, choice.source),
+        (8, 2, TileSource::Forced)
+    );
+    assert_eq!(planner_of_gpu.plan(&problem).unwrap().metal, Some(choice.candidate.tile));
     let settings = with_tile("keys=64");
     let error = planner(Device::Metal(M1), &settings).plan(&problem).unwrap_err().to_string();
     assert_eq!(
@@ -643,7 +650,7 @@ fn a_forced_tile_serves_or_the_error_names_those_that_would() {
 proptest! {
     #[test]
     fn patterns_are_read_back(index in 0..42usize, drop in 0..6usize) {
-        let tiles = candidates(&prefill(), &M1).unwrap();
+        let tiles = tiles_on_m1(&prefill());
         let tile = tiles[index % tiles.len()];
         let all = TilePattern::of(&tile);
         prop_assert_eq!(TilePattern::parse(&all.to_string()), Some(all.clone()));
@@ -657,6 +664,34 @@ proptest! {
     fn no_record_ever_makes_a_tile_that_is_no_candidate(text in "[a-z_=,0-9]{0,40}", len in 1..3000i64) {
         let problem = problem([1, len, 2, 64], [len, 2], false);
         let choice = choice_with_record(&problem, &text);
-        prop_assert!(candidates(&problem, &M1).unwrap().contains(&choice.tile));
+        prop_assert!(tiles_on_m1(&problem).contains(&choice.candidate));
     }
+}
+
+#[test]
+fn tiles_of_the_tensorops_tiers_can_be_tuned_and_forced() {
+    let chip = Chip::from_name("m5-max");
+    let gpu = Gpu { chip, cores: 40, macos: Version::new(26, 2), torch: None };
+    let problem = Problem { dtype: Dtype::F16, ..contiguous(64, [4096, 4096]) };
+    let settings = Settings::DEFAULT;
+    let plain = planner(Device::Metal(gpu), &settings);
+    for tier in [Tier::Tensorops, Tier::TensoropsStaged] {
+        let tiles = plain.candidates(&problem, tier).unwrap();
+        let default = plain.serve(&problem, tier).unwrap();
+        assert_eq!((default.metal, default.matmul), (Some(tiles[0].tile), tiles[0].matmul));
+        for tile in &tiles {
+            let all = TilePattern::of(tile);
+            assert_eq!(tiles.iter().filter(|other| all.matches(other)).count(), 1, "{tile}");
+            let tuned = TunedTiles::new([(TuningKey::of(tier, &problem).to_string(), all.to_string())]);
+            let choice = Planner { tuned: &tuned, ..plain }.tile_choice(&problem, tier).unwrap();
+            assert_eq!((choice.candidate, choice.source), (*tile, TileSource::Tuned));
+        }
+        assert!(tiles.len() >= 4, "{tier}: {}", tiles.len());
+    }
+    let settings = Settings { tile: TilePattern::parse("in_step=off,keys=16"), ..Settings::DEFAULT };
+    let plan = planner(Device::Metal(gpu), &settings).plan(&problem).unwrap();
+    assert_eq!((plan.tier, plan.metal.unwrap().keys, plan.matmul.unwrap().keep_step), (Tier::Tensorops, 16, false));
+    // Only the simdgroup tier has tiles of 8 keys.
+    let settings = Settings { tile: TilePattern::parse("keys=8"), ..Settings::DEFAULT };
+    assert_eq!(planner(Device::Metal(gpu), &settings).plan(&problem).unwrap().tier, Tier::Simdgroup);
 }

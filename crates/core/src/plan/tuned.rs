@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use super::matmul::Matmul;
 use super::occupancy::{Features, KernelShape};
 use super::tile::{FRAGMENT, MetalTile, QueryHome};
 use crate::{Dtype, Problem, Tier};
@@ -15,19 +16,22 @@ use crate::{Dtype, Problem, Tier};
 pub struct TilePattern(Vec<(&'static str, String)>);
 
 impl TilePattern {
-    /// All fields of `tile`.
+    /// All fields of `candidate` by which tiles for one call differ.
     #[must_use]
-    pub fn of(tile: &MetalTile) -> Self {
-        let MetalTile { simdgroups, row_fragments, keys, staged, value_chunk, query } = *tile;
+    pub fn of(candidate: &Candidate) -> Self {
+        let Candidate { tile: MetalTile { simdgroups, row_fragments, keys, staged, value_chunk, query }, matmul } =
+            *candidate;
         let number = |name, value: usize| (name, value.to_string());
-        Self(vec![
+        let mut fields = vec![
             number("simdgroups", simdgroups),
             number("row_fragments", row_fragments),
             number("keys", keys),
             ("staged", switch(staged).to_owned()),
             number("value_chunk", value_chunk),
             ("query", query.name().to_owned()),
-        ])
+        ];
+        fields.extend(matmul.map(|matmul| ("in_step", switch(matmul.keep_step).to_owned())));
+        Self(fields)
     }
 
     /// Reads `name=value` pairs separated by commas; `None` for a name or a value that no tile has, and for a name that
@@ -51,10 +55,10 @@ impl TilePattern {
         self.0.iter().map(|(name, value)| (*name, value.as_str()))
     }
 
-    /// Whether `tile` has these values.
+    /// Whether `candidate` has these values.
     #[must_use]
-    pub fn matches(&self, tile: &MetalTile) -> bool {
-        let all = Self::of(tile);
+    pub fn matches(&self, candidate: &Candidate) -> bool {
+        let all = Self::of(candidate);
         self.0.iter().all(|field| all.0.contains(field))
     }
 }
@@ -67,11 +71,11 @@ impl fmt::Display for TilePattern {
 }
 
 fn parse_field(name: &str, value: &str) -> Option<(&'static str, String)> {
-    let name = ["simdgroups", "row_fragments", "keys", "staged", "value_chunk", "query"]
+    let name = ["simdgroups", "row_fragments", "keys", "staged", "value_chunk", "query", "in_step"]
         .into_iter()
         .find(|known| *known == name)?;
     let value = match name {
-        "staged" => switch(crate::settings::parse_bool(value)?).to_owned(),
+        "staged" | "in_step" => switch(crate::settings::parse_bool(value)?).to_owned(),
         "query" => QueryHome::ALL.into_iter().find(|home| home.name() == value)?.name().to_owned(),
         _ => value.parse().ok().filter(|&number: &usize| number > 0)?.to_string(),
     };
@@ -83,7 +87,7 @@ const fn switch(on: bool) -> &'static str {
 }
 
 /// The values that `tiles` have, field by field, in words.
-pub(super) fn offered(tiles: &[MetalTile]) -> String {
+fn offered(tiles: &[Candidate]) -> String {
     let mut fields: Vec<(&'static str, Vec<String>)> = Vec::new();
     for (name, value) in tiles.iter().flat_map(|tile| TilePattern::of(tile).0) {
         match fields.iter_mut().find(|(known, _)| *known == name) {
@@ -148,7 +152,7 @@ impl fmt::Display for TuningKey {
 pub struct TunedTiles(BTreeMap<String, Record>);
 
 /// A tile, or the text of a record that is none.
-type Record = Result<TilePattern, String>;
+pub(super) type Record = Result<TilePattern, String>;
 
 impl TunedTiles {
     /// Nothing was measured.
@@ -201,13 +205,64 @@ impl TileSource {
     }
 }
 
+/// A tile that could serve, with all that its kernel depends on beside the problem.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    /// The tile.
+    pub tile: MetalTile,
+    /// How its products are made, for the tensorops tiers.
+    pub matmul: Option<Matmul>,
+}
+
+impl fmt::Display for Candidate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { tile, matmul } = self;
+        tile.fmt(f)?;
+        matmul.map_or(Ok(()), |matmul| write!(f, "; {matmul}"))
+    }
+}
+
 /// A tile and how it came to be chosen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TileChoice {
     /// The tile.
-    pub tile: MetalTile,
+    pub candidate: Candidate,
     /// Where it comes from.
     pub source: TileSource,
     /// Why a tuned tile was ignored, if there is one.
     pub ignored: Option<String>,
+}
+
+impl TileChoice {
+    /// Chooses among `tiles`, of which there is at least one; the first is the planner's own choice. The `wanted` fields
+    /// come before the `tuned` tile, and that one comes before the planner's unless `objection` says what the planner's
+    /// has at the sizes of the problem and the tuned one lacks.
+    ///
+    /// # Errors
+    /// The values that tiles have, in words, when none is what is `wanted`.
+    pub(super) fn new(
+        tiles: &[Candidate],
+        wanted: Option<&TilePattern>,
+        tuned: Option<&Record>,
+        objection: impl FnOnce(&Candidate) -> Option<&'static str>,
+    ) -> Result<Self, String> {
+        let find = |pattern: &TilePattern| tiles.iter().find(|tile| pattern.matches(tile));
+        if let Some(wanted) = wanted {
+            let &candidate = find(wanted).ok_or_else(|| offered(tiles))?;
+            return Ok(Self { candidate, source: TileSource::Forced, ignored: None });
+        }
+        let ignored = match tuned {
+            None => None,
+            Some(Err(text)) => Some(format!("its record {text:?} is none of this version")),
+            Some(Ok(pattern)) => match find(pattern) {
+                None => Some(format!("{pattern} is no candidate of this version")),
+                Some(candidate) => match objection(candidate) {
+                    None => return Ok(Self { candidate: *candidate, source: TileSource::Tuned, ignored: None }),
+                    Some(words) => Some(format!("{candidate}; at these sizes the default has {words}")),
+                },
+            },
+        };
+        let ignored = ignored.map(|reason| format!("the tuned tile is ignored: {reason}"));
+        Ok(Self { candidate: tiles[0], source: TileSource::Default, ignored })
+    }
 }
