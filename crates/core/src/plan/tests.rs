@@ -339,8 +339,8 @@ fn a_forced_tile_that_tensorops_does_not_have_is_left_to_simdgroup() {
         planner(Device::Metal(M5), &settings).plan(&half(64, [1024, 1024])).unwrap().tier
     };
     assert_eq!(
-        [tier("keys=32"), tier("keys=16"), tier("simdgroups=2")],
-        [Tier::Tensorops, Tier::Simdgroup, Tier::Simdgroup]
+        [tier("keys=32"), tier("simdgroups=2"), tier("keys=8"), tier("row_fragments=1")],
+        [Tier::Tensorops, Tier::Tensorops, Tier::Simdgroup, Tier::Simdgroup]
     );
 }
 
