@@ -4,7 +4,7 @@ mod common;
 
 use common::bench::Bench;
 use common::{Case, Run};
-use mtlflashattn_core::plan::QueryHome;
+use mtlflashattn_core::plan::{Matmul, Operands, QueryHome, Weights};
 use mtlflashattn_core::{Dtype, MetalTile};
 use mtlflashattn_metal::Kernel;
 use mtlflashattn_simulator::{Layer, Options};
@@ -16,6 +16,15 @@ const TILE: MetalTile = MetalTile {
     staged: false,
     value_chunk: 16,
     query: QueryHome::Registers,
+};
+
+const MATMUL: Matmul = Matmul {
+    head_step: 16,
+    value_step: 16,
+    operands: Operands::Memory,
+    weights: Weights::Registers,
+    relaxed: true,
+    keep_step: true,
 };
 
 #[test]
@@ -39,7 +48,12 @@ fn offsets_beyond_the_tensors_are_cut_off() {
         run.key_offsets = key.to_vec();
         let problem = &run.problem;
         let tiles = [TILE, staged].map(|tile| Kernel::simdgroup(problem, tile, true));
-        for kernel in tiles.into_iter().chain([Kernel::scalar(problem, true)]) {
+        // Blocks that matmul2d reads itself, and staged ones.
+        let tensorops = [TILE, staged].map(|tile| {
+            let tile = MetalTile { row_fragments: 2, ..tile };
+            Kernel::tensorops(problem, tile, MATMUL, true)
+        });
+        for kernel in tiles.into_iter().chain(tensorops).chain([Kernel::scalar(problem, true)]) {
             let result = bench.run(&kernel, &kernel.source(), &run);
             assert!(result.is_ok(), "{query:?} and {key:?} on {}: {result:?}", kernel.tier);
         }
