@@ -14,6 +14,10 @@ const ALL: &str = "backward f16 40/24 everything packed";
 const WINDOW: &str = "backward bf16 96 bias softcap window";
 const CHUNKS: &str = "backward f32 44/28 staged in chunks";
 
+/// The problem whose rows lie far apart.
+pub const FAR: &str = "gradients far apart, direct";
+pub const FAR_STAGED: &str = "gradients far apart, staged";
+
 /// Every mutant of these kernels, by what it damages.
 pub const MUTANTS: &[Mutant] = &[
     // LSE and delta.
@@ -243,6 +247,55 @@ pub const MUTANTS: &[Mutant] = &[
         "VALUE_LENGTH = (VALUE_DIM + VALUE_CHUNK - 1) / VALUE_CHUNK * VALUE_CHUNK / 4",
         "VALUE_LENGTH = (VALUE_DIM + 3) / 4",
     ),
+    // Offsets.
+    bug("gradient: owned keys of 32 bits", FAR, "keys + key * sizes.k.row", "keys + key * int(sizes.k.row)"),
+    bug(
+        "gradient: owned gradients of 32 bits",
+        FAR,
+        "gradients + query * backward_sizes.d_out.row",
+        "gradients + query * int(backward_sizes.d_out.row)",
+    ),
+    bug(
+        "gradient: blocks of queries of 32 bits",
+        FAR,
+        "queries + first * sizes.q.row;",
+        "queries + first * int(sizes.q.row);",
+    ),
+    bug(
+        "gradient: blocks of values of 32 bits",
+        FAR,
+        "values + first * sizes.v.row;",
+        "values + first * int(sizes.v.row);",
+    ),
+    bug("gradient: rows in a block of 32 bits", FAR, "+ (8 * fragment) * stride", "+ (8 * fragment) * int(stride)"),
+    bug("gradient: rows in an edge block of 32 bits", FAR, "fragment, last) * stride", "fragment, last) * int(stride)"),
+    bug("gradient: staged rows of 32 bits", FAR_STAGED, "min(row, last) * stride", "min(row, last) * int(stride)"),
+    bug(
+        "gradient: staged blocks of 32 bits",
+        FAR_STAGED,
+        "queries + first * sizes.q.row,",
+        "queries + first * int(sizes.q.row),",
+    ),
+    bug(
+        "gradient: rows of dQ of 32 bits",
+        FAR,
+        "query * backward_sizes.d_query.row",
+        "query * int(backward_sizes.d_query.row)",
+    ),
+    bug(
+        "gradient: rows of dK of 32 bits",
+        FAR,
+        "key * backward_sizes.d_key.row",
+        "key * int(backward_sizes.d_key.row)",
+    ),
+    bug(
+        "gradient: rows of dV of 32 bits",
+        FAR,
+        "key * backward_sizes.d_value.row",
+        "key * int(backward_sizes.d_value.row)",
+    ),
+    bug("gradient: rows of delta of 32 bits", FAR, "row * sizes.d_out.row", "int(row) * int(sizes.d_out.row)"),
+    bug("gradient: rows of the bias of 32 bits", FAR, "query * sizes.bias_query", "query * int(sizes.bias_query)"),
     // Types and address spaces.
     bug(
         "gradient: input is written to",

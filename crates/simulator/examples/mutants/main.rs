@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use common::backward::{BackwardRun, BackwardVariant};
 use common::bench::Bench;
 use common::far::{Far, Form};
+use common::far_backward::FarBackward;
 use common::variants::{self, Variant};
 use common::{Case, Run};
 use list::{FAR_DIRECT, FAR_SCALAR, FAR_STAGED, Mutant};
@@ -63,6 +64,9 @@ fn examine(mutant: &Mutant) -> Option<String> {
             far.judge(&Bench::new(Options::new(Layer::Fast)), &kernel, &source).err()
         });
     }
+    if [backward::FAR, backward::FAR_STAGED].contains(&mutant.variant) {
+        return examine_far_backward(mutant);
+    }
     if let Some(variant) = common::backward::variants().into_iter().find(|variant| variant.name == mutant.variant) {
         return examine_backward(mutant, &variant);
     }
@@ -86,6 +90,17 @@ fn examine(mutant: &Mutant) -> Option<String> {
             println!("check");
             first(Options::new(Layer::Check), &small)
         })
+}
+
+/// The same for the kernels of the backward pass whose rows lie far apart.
+fn examine_far_backward(mutant: &Mutant) -> Option<String> {
+    let far = FarBackward::new();
+    let kernels = far.kernels(mutant.variant == backward::FAR_STAGED);
+    let is_in = kernels.iter().any(|kernel| kernel.source().contains(mutant.from));
+    assert!(is_in, "{:?} is not in the texts of {}", mutant.from, mutant.variant);
+    println!("fast");
+    let edit = |kernel: &BackwardKernel| kernel.source().replace(mutant.from, mutant.to);
+    far.judge(&Bench::new(Options::new(Layer::Fast)), &kernels, &edit).err()
 }
 
 /// The same for the kernels of the backward pass, which run one after the other.

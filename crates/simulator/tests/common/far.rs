@@ -13,7 +13,7 @@ use super::Random;
 use super::bench::Bench;
 
 /// Address space without memory.
-struct Sparse {
+pub(super) struct Sparse {
     start: *mut u8,
     bytes: usize,
 }
@@ -40,7 +40,7 @@ impl Sparse {
         unsafe { self.start.add(at).cast::<[u8; N]>().read_unaligned() }
     }
 
-    fn buffer(&self, writable: bool) -> Buffer {
+    pub(super) fn buffer(&self, writable: bool) -> Buffer {
         // SAFETY: the mapping outlives the launch, and nobody else uses it meanwhile.
         unsafe { Buffer::from_raw(self.start, self.bytes, writable) }
     }
@@ -54,15 +54,15 @@ impl Drop for Sparse {
 }
 
 /// A tensor of four dimensions in sparse memory.
-struct View {
-    memory: Sparse,
+pub(super) struct View {
+    pub(super) memory: Sparse,
     shape: [i64; 4],
     strides: [i64; 4],
     size: usize,
 }
 
 impl View {
-    fn new(shape: [i64; 4], strides: [i64; 4], size: usize) -> Self {
+    pub(super) fn new(shape: [i64; 4], strides: [i64; 4], size: usize) -> Self {
         let last: i64 = shape.iter().zip(strides).map(|(size, stride)| (size - 1) * stride).sum();
         assert!(last > 1 << 32, "farther than 32 bits count");
         Self { memory: Sparse::new((last as usize + 1) * size), shape, strides, size }
@@ -78,7 +78,7 @@ impl View {
     }
 
     /// Fills it with random numbers and returns them.
-    fn fill(&self, random: &mut Random) -> Vec<f64> {
+    pub(super) fn fill(&self, random: &mut Random) -> Vec<f64> {
         let fill = |place| {
             let value = 2.0 * random.uniform();
             if self.size == 2 {
@@ -92,11 +92,18 @@ impl View {
         self.places().map(fill).collect()
     }
 
-    fn clear(&self) {
+    /// Puts numbers into it, rounded.
+    pub(super) fn store(&self, values: &[f64]) {
+        self.places()
+            .zip(values)
+            .for_each(|(place, &value)| self.memory.write(place, &f16::from_f64(value).to_ne_bytes()));
+    }
+
+    pub(super) fn clear(&self) {
         self.places().for_each(|place| self.memory.write(place, &[0xff; 4][..self.size]));
     }
 
-    fn values(&self) -> Vec<f64> {
+    pub(super) fn values(&self) -> Vec<f64> {
         let value = |place| match self.size {
             2 => f16::from_ne_bytes(self.memory.read(place)).to_f64(),
             _ => f64::from(f32::from_ne_bytes(self.memory.read(place))),
@@ -108,30 +115,30 @@ impl View {
         TensorMeta { dtype: Dtype::F16, shape: &self.shape, strides: &self.strides }
     }
 
-    fn strides(&self) -> Strides {
+    pub(super) fn strides(&self) -> Strides {
         let [batch, row, head, _] = self.strides;
         Strides { batch, row, head }
     }
 }
 
-const BATCH: i64 = 2;
-const HEADS: i64 = 2;
-const QUERIES: i64 = 9;
+pub(super) const BATCH: i64 = 2;
+pub(super) const HEADS: i64 = 2;
+pub(super) const QUERIES: i64 = 9;
 /// Two blocks of 16 and most of a third.
-const KEYS: i64 = 47;
-const DIM: i64 = 16;
+pub(super) const KEYS: i64 = 47;
+pub(super) const DIM: i64 = 16;
 
 /// The problem with its data.
 pub struct Far {
-    problem: Problem,
+    pub(super) problem: Problem,
     outputs: Outputs,
-    q: View,
-    k: View,
-    v: View,
-    bias: View,
-    out: View,
+    pub(super) q: View,
+    pub(super) k: View,
+    pub(super) v: View,
+    pub(super) bias: View,
+    pub(super) out: View,
     lse: View,
-    exact: [Vec<f64>; 4],
+    pub(super) exact: [Vec<f64>; 4],
 }
 
 /// Kernels that read keys from device memory, stage them, or know nothing of tiles; `matmul2d` that reads keys itself, has

@@ -5,6 +5,7 @@
 pub mod backward;
 pub mod bench;
 pub mod far;
+pub mod far_backward;
 pub mod peer;
 pub mod small;
 pub mod variants;
