@@ -1,8 +1,10 @@
 //! Texts and launches follow the rules that every home of a kernel relies on.
 
-use mtlflashattn_core::plan::QueryHome;
+use mtlflashattn_core::plan::{BackwardPass, BackwardTile, QueryHome};
 use mtlflashattn_core::{BiasKind, Dtype, MetalTile, Options, Problem, Strides, TensorMeta};
-use mtlflashattn_metal::{Argument, Features, Kernel, Launch, LaunchError, LseStrides, MAX_LEN, Outputs, Tensors};
+use mtlflashattn_metal::{
+    Argument, BackwardKernel, Features, Kernel, Launch, LaunchError, LseStrides, MAX_LEN, Outputs, Tensors,
+};
 
 const TILE: MetalTile = MetalTile {
     simdgroups: 4,
@@ -202,4 +204,23 @@ fn windows_beyond_every_length_are_clamped() {
     let problem = problem(Dtype::F32, [1, 10, 10, 2], &options);
     let launch = Launch::new(&problem, &Kernel::scalar(&problem, true), &outputs(&problem)).unwrap();
     assert_eq!(launch.sizes[8..10], [MAX_LEN as i64, 3]);
+}
+
+#[test]
+fn backward_texts_are_ascii_and_do_not_depend_on_sizes() {
+    let passes = [
+        BackwardPass::Delta,
+        BackwardPass::Query,
+        BackwardPass::KeysAndValues,
+        BackwardPass::Keys,
+        BackwardPass::Values,
+    ];
+    let own = QueryHome::Threadgroup;
+    let tile = BackwardTile { simdgroups: 4, row_fragments: 1, block: 16, staged: true, chunk: 80, own };
+    for pass in passes {
+        let kernel = |sizes| BackwardKernel::new(pass, &problem(Dtype::F16, sizes, &open()), tile, true);
+        let text = kernel([2, 100, 90, 4]).source();
+        assert!(text.is_ascii() && text.contains(&format!("kernel void {}(", kernel([1, 1, 1, 2]).entry())));
+        assert_eq!(text, kernel([5, 7, 300, 8]).source(), "{}", pass.name());
+    }
 }
