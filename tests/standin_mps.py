@@ -278,8 +278,12 @@ def installed(**faults: Any) -> Iterator[Standin]:
         patch.setattr(torch._C, "_mps_compileShader", standin.compile, raising=False)
         patch.setattr(torch._C, "_mps_deviceSynchronize", standin.synchronize, raising=False)
         to = Tensor.to
-        # Copying between devices waits for the GPU.
-        patch.setattr(Tensor, "to", lambda *args, **kwargs: standin.wait() or to(*args, **kwargs))
+
+        def copy(*args: Any, **kwargs: Any) -> Tensor:
+            standin.wait()  # As copying between devices waits for the GPU.
+            return to(*args, **kwargs)
+
+        patch.setattr(Tensor, "to", copy)
         patch.setattr(torch._C, "_mps_get_name", lambda: standin.gpu, raising=False)
         patch.setattr(torch._C, "_mps_get_core_count", lambda: 8, raising=False)
         patch.setattr(platform, "mac_ver", lambda: (standin.macos, ("", "", ""), "arm64"))
