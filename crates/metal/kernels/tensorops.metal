@@ -112,17 +112,46 @@ scalar value_element(thread const Task& task, int key, int column) {
 }
 
 #if STAGED
-// All simdgroups copy a block of K and of V, with zeros behind their columns.
-void stage_block(thread const Task& task, int first) {
-    threadgroup_barrier(mem_flags::mem_threadgroup);  // the previous block has been read
-    for (int row = task.simdgroup; row < KEYS; row += SIMDGROUPS) {
-        for (int column = task.lane; column < HEAD_WIDTH; column += 32) {
-            task.staged_keys[row * HEAD_PITCH + column] = key_element(task, first + row, column);
+typedef vec<scalar, 4> scalar4;
+
+// Copies WIDTH columns of the rows of a block, of which the first `width` exist, four elements a thread at a time: zeros
+// behind them, and the last row in the place of those past the end. The loads of a thread wait for no store.
+template <int WIDTH, int PITCH>
+void stage_rows(device const scalar* rows, long stride, int width, int first, thread const Task& task,
+                threadgroup scalar* staged) {
+    constexpr int threads = 32 * SIMDGROUPS;
+    constexpr int fours = KEYS * WIDTH / 4;
+    constexpr int steps = (fours + threads - 1) / threads;
+    const int thread_index = 32 * task.simdgroup + task.lane;
+    scalar4 loaded[steps];
+    UNROLL
+    for (int step = 0; step < steps; ++step) {
+        const int i = min(threads * step + thread_index, fours - 1);
+        const int column = i % (WIDTH / 4) * 4;
+        device const scalar* row = rows + min(first + i / (WIDTH / 4), task.place.key_len - 1) * stride + column;
+#if ALIGNED
+        loaded[step] = column < width ? *(device const scalar4*)row : scalar4(scalar(0));
+#else
+        UNROLL
+        for (int j = 0; j < 4; ++j) {
+            loaded[step][j] = column + j < width ? row[j] : scalar(0);
         }
-        for (int column = task.lane; column < VALUE_CHUNK; column += 32) {
-            task.staged_values[row * VALUE_PITCH + column] = value_element(task, first + row, column);
+#endif
+    }
+    UNROLL
+    for (int step = 0; step < steps; ++step) {
+        const int i = threads * step + thread_index;
+        if (fours % threads == 0 || i < fours) {
+            *(threadgroup scalar4*)(staged + i / (WIDTH / 4) * PITCH + i % (WIDTH / 4) * 4) = loaded[step];
         }
     }
+}
+
+// All simdgroups copy a block of K and of V.
+void stage_block(thread const Task& task, int first) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // the previous block has been read
+    stage_rows<HEAD_WIDTH, HEAD_PITCH>(task.keys, task.sizes->k.row, HEAD_DIM, first, task, task.staged_keys);
+    stage_rows<VALUE_CHUNK, VALUE_PITCH>(task.values, task.sizes->v.row, task.columns, first, task, task.staged_values);
     threadgroup_barrier(mem_flags::mem_threadgroup);  // this block has been written
 }
 #endif
@@ -628,8 +657,9 @@ kernel void attention_tensorops(
     threadgroup scalar parked_weights[SIMDGROUPS * ROWS * KEYS];
 #endif
 #if STAGED
-    threadgroup scalar staged_keys[KEYS * HEAD_PITCH];
-    threadgroup scalar staged_values[KEYS * VALUE_PITCH];
+    // Of scalar4, so that they are aligned to it.
+    threadgroup scalar4 staged_keys[KEYS * HEAD_PITCH / 4];
+    threadgroup scalar4 staged_values[KEYS * VALUE_PITCH / 4];
 #endif
 #if PACKED
     const Place place = place_of(threadgroup_position, sizes, query_offsets, key_offsets);
@@ -680,8 +710,8 @@ kernel void attention_tensorops(
     task.parked_weights = parked_weights + simdgroup * (ROWS * KEYS);
 #endif
 #if STAGED
-    task.staged_keys = staged_keys;
-    task.staged_values = staged_values;
+    task.staged_keys = (threadgroup scalar*)staged_keys;
+    task.staged_values = (threadgroup scalar*)staged_values;
 #endif
 
     // Both ends of a row's visible keys never decrease with the row. A simdgroup behind the last query sees nothing.

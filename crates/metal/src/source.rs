@@ -155,7 +155,8 @@ impl Kernel {
     #[must_use]
     pub fn aligned(mut self, problem: &Problem, starts: [usize; 3]) -> Self {
         let rows = [problem.q, problem.k, problem.v];
-        self.features.aligned = self.tier == Tier::Simdgroup && is_aligned(problem, &rows, &starts);
+        let can = matches!(self.tier, Tier::Simdgroup | Tier::TensoropsStaged);
+        self.features.aligned = can && is_aligned(problem, &rows, &starts);
         self
     }
 

@@ -49,43 +49,102 @@ fn tensorops(problem: &Problem, lse: bool, change: impl FnOnce(&mut MetalTile, &
         keep_step: true,
     };
     change(&mut tile, &mut matmul);
-    Kernel::tensorops(problem, tile, matmul, lse)
+    Kernel::tensorops(problem, tile, matmul, lse).aligned(problem, [0; 3])
 }
 
-/// The changes that were worth a try.
-const TENSOROPS_CHANGES: [fn(&mut MetalTile, &mut Matmul); 14] = [
-    |_, _| {},
-    |_, matmul| matmul.keep_step = false,
-    |tile, _| tile.query = QueryHome::Registers,
+/// A change of the planner's tile and products.
+type Change = fn(&mut MetalTile, &mut Matmul);
+
+/// Products whose simdgroups do not wait for one another, Q in registers, P in the type of V.
+fn narrow(tile: &mut MetalTile, matmul: &mut Matmul) {
+    (tile.query, matmul.keep_step, matmul.weights) = (QueryHome::Registers, false, Weights::Narrow);
+}
+
+/// The same with so many row fragments and keys.
+fn narrow_tile(tile: &mut MetalTile, matmul: &mut Matmul, row_fragments: usize, keys: usize) {
+    narrow(tile, matmul);
+    (tile.row_fragments, tile.keys) = (row_fragments, keys);
+}
+
+/// K and V in threadgroup memory.
+fn shared(tile: &mut MetalTile, matmul: &mut Matmul) {
+    (tile.staged, matmul.keep_step) = (true, false);
+}
+
+/// What is timed beside the planner's own choice.
+const TIMED: [Change; 9] = [
     |tile, matmul| (tile.query, matmul.keep_step) = (QueryHome::Registers, false),
+    narrow,
+    |tile, matmul| narrow_tile(tile, matmul, 2, 64),
+    |tile, matmul| narrow_tile(tile, matmul, 4, 16),
+    shared,
+    |tile, matmul| {
+        narrow(tile, matmul);
+        shared(tile, matmul);
+    },
+    |tile, matmul| {
+        narrow(tile, matmul);
+        shared(tile, matmul);
+        tile.simdgroups = 8;
+    },
+    |tile, matmul| {
+        narrow_tile(tile, matmul, 4, 32);
+        shared(tile, matmul);
+    },
+    |tile, matmul| {
+        narrow_tile(tile, matmul, 2, 64);
+        shared(tile, matmul);
+    },
+];
+
+/// What else is tried when every tile is timed.
+const TRIED: [Change; 7] = [
+    |tile, _| tile.query = QueryHome::Registers,
+    |_, matmul| matmul.keep_step = false,
     |tile, matmul| (tile.query, matmul.head_step, matmul.value_step) = (QueryHome::Registers, 16, 32),
-    |tile, _| tile.keys = 16,
     |tile, _| tile.keys = 64,
-    |tile, _| (tile.query, tile.keys) = (QueryHome::Registers, 64),
-    |tile, _| tile.simdgroups = 2,
     |tile, _| tile.simdgroups = 8,
+    |_, matmul| (matmul.keep_step, matmul.weights) = (false, Weights::Narrow),
+    |tile, matmul| {
+        shared(tile, matmul);
+        tile.query = QueryHome::Registers;
+    },
+];
+
+/// The other ways on which numbers come about: operands through registers, P in threadgroup memory.
+const PROVED: [Change; 6] = [
+    unchanged,
+    narrow,
+    |tile, matmul| {
+        narrow_tile(tile, matmul, 4, 32);
+        shared(tile, matmul);
+    },
+    |tile, matmul| narrow_tile(tile, matmul, 4, 16),
     |tile, matmul| {
         (tile.query, matmul.operands) = (QueryHome::Registers, Operands::Registers);
         (matmul.head_step, matmul.value_step) = (16, 32);
     },
-    |tile, matmul| (tile.staged, matmul.keep_step) = (true, false),
-    |tile, matmul| (tile.staged, tile.query, matmul.keep_step) = (true, QueryHome::Registers, false),
-    |tile, matmul| (tile.staged, matmul.keep_step, matmul.weights) = (true, false, Weights::Threadgroup),
+    |tile, matmul| {
+        shared(tile, matmul);
+        matmul.weights = Weights::Threadgroup;
+    },
 ];
 
-/// The kernels of the timing tables: the tiles that won on some shape when all of them were timed.
+fn unchanged(_: &mut MetalTile, _: &mut Matmul) {}
+
+/// The planner's choice on an M5.
+pub fn chosen(problem: &Problem) -> Kernel {
+    tensorops(problem, false, unchanged)
+}
+
+/// The kernels of the timing tables: the planner's choice for the M5 first, then the tiles that won on some shape.
 pub fn best(problem: &Problem) -> Vec<Kernel> {
     let dim = problem.head_dim;
-    let tiles = [
-        direct(4, 1, 16, dim),
-        direct(4, 2, 16, dim),
-        direct(4, 2, 32, dim),
-        staged(8, 1, 32, dim),
-        staged(8, 2, 32, dim),
-    ];
-    let mut kernels = vec![Kernel::scalar(problem, false)];
+    let tiles = [direct(4, 1, 16, dim), direct(4, 2, 16, dim), staged(8, 1, 32, dim), staged(8, 2, 32, dim)];
+    let mut kernels: Vec<Kernel> =
+        [unchanged as Change].into_iter().chain(TIMED).map(|change| tensorops(problem, false, change)).collect();
     kernels.extend(tiles.map(|tile| simdgroup(problem, tile)));
-    kernels.extend([0, 1, 2, 3, 7, 11].map(|change: usize| tensorops(problem, false, TENSOROPS_CHANGES[change])));
+    kernels.push(Kernel::scalar(problem, false));
     kernels.retain(Kernel::fits);
     kernels
 }
@@ -106,7 +165,8 @@ pub fn all(problem: &Problem) -> Vec<Kernel> {
     tiles.extend([1, 2, 8].map(|simdgroups| staged(simdgroups, 1, 32, dim)));
     tiles.push(staged(8, 2, 32, dim));
     tiles.extend([direct(4, 1, 16, dim), staged(4, 1, 32, dim), staged(4, 2, 32, dim)].map(parked));
-    let tensorops = TENSOROPS_CHANGES.map(|change| tensorops(problem, false, change));
+    let changes = [unchanged as Change].into_iter().chain(TIMED).chain(TRIED);
+    let tensorops = changes.map(|change| tensorops(problem, false, change));
     tiles.into_iter().map(|tile| simdgroup(problem, tile)).chain(tensorops).filter(Kernel::fits).collect()
 }
 
@@ -124,6 +184,6 @@ pub fn proved(problem: &Problem, causal: bool) -> Vec<Kernel> {
         let kernel = Kernel::simdgroup(problem, tile, true);
         if causal { kernel } else { kernel.aligned(problem, [0; 3]) }
     };
-    let tensorops = [0, 2, 10, 11, 13].map(|change: usize| tensorops(problem, true, TENSOROPS_CHANGES[change]));
+    let tensorops = PROVED.map(|change| tensorops(problem, true, change));
     tiles.into_iter().map(kernel).chain(tensorops.into_iter().filter(Kernel::fits)).collect()
 }

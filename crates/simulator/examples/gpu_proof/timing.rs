@@ -22,7 +22,8 @@ const PROFILED: usize = 3;
 
 /// What is timed.
 enum Candidate {
-    Ours(Box<Kernel>),
+    /// And whether the planner chooses it on an M5.
+    Ours(Box<Kernel>, bool),
     Peer(PeerKernel),
 }
 
@@ -36,21 +37,22 @@ enum Group {
 impl Candidate {
     fn name(&self) -> String {
         match self {
-            Self::Ours(kernel) => tiles::name(kernel),
+            Self::Ours(kernel, true) => tiles::name(kernel) + " (the planner's choice)",
+            Self::Ours(kernel, false) => tiles::name(kernel),
             Self::Peer(kernel) => format!("0.2.0 {}", kernel.tier.name()),
         }
     }
 
     fn group(&self) -> Group {
         match self {
-            Self::Ours(kernel) => Group::Ours(kernel.tier),
+            Self::Ours(kernel, _) => Group::Ours(kernel.tier),
             Self::Peer(kernel) => Group::Peer(kernel.tier),
         }
     }
 
     fn program(&self, peer: Option<&Peer>, shape: Shape) -> programs::Kernel {
         let (source, entry) = match self {
-            Self::Ours(kernel) => (kernel.source(), kernel.entry()),
+            Self::Ours(kernel, _) => (kernel.source(), kernel.entry()),
             Self::Peer(kernel) => {
                 (peer.map_or_else(String::new, |peer| peer.source(*kernel, shape.head_dim)), kernel.entry())
             }
@@ -60,7 +62,7 @@ impl Candidate {
 
     fn dtype(&self) -> Dtype {
         match self {
-            Self::Ours(kernel) => kernel.dtype,
+            Self::Ours(kernel, _) => kernel.dtype,
             Self::Peer(kernel) => kernel.dtype,
         }
     }
@@ -72,7 +74,9 @@ impl Candidate {
 
 /// Our kernels and those of 0.2.0 for a shape, as far as they are wanted.
 fn candidates(ours: Vec<Kernel>, peer: Option<&Peer>, shape: Shape, wanted: &Wanted) -> Vec<Candidate> {
-    let mut candidates: Vec<Candidate> = ours.into_iter().map(|kernel| Candidate::Ours(Box::new(kernel))).collect();
+    let chosen = tiles::chosen(&shape.problem());
+    let mut candidates: Vec<Candidate> =
+        ours.into_iter().map(|kernel| Candidate::Ours(Box::new(kernel), kernel == chosen)).collect();
     if peer.is_some() {
         let kernels = PeerTier::ALL.into_iter().filter_map(|tier| PeerKernel::of(tier, shape.dtype));
         candidates.extend(kernels.map(Candidate::Peer));
@@ -112,7 +116,7 @@ impl Data {
     ) -> Result<nvidia::Launch<'a>, DeviceError> {
         let [q, k, v] = self.of(candidate.dtype());
         match candidate {
-            Candidate::Ours(kernel) => {
+            Candidate::Ours(kernel, _) => {
                 let problem = shape.problem();
                 let outputs = Outputs { out: problem.q, lse: None };
                 let launch = Launch::new(&problem, kernel, &outputs).expect("the shape is within the limits");
@@ -165,7 +169,7 @@ fn without_spills(loaded: Loaded) -> Result<Loaded, String> {
     let mut kept = Vec::new();
     for (candidate, program) in loaded {
         let stack = program.stack_bytes()?;
-        if stack > 0 && !candidate.is_scalar() && matches!(candidate, Candidate::Ours(_)) {
+        if stack > 0 && !candidate.is_scalar() && matches!(candidate, Candidate::Ours(..)) {
             println!("left out, {stack} bytes of registers spilled: {}", candidate.name());
         } else {
             kept.push((candidate, program));

@@ -12,8 +12,8 @@ const MASKED: &str = "tensor f16 72 boolean mask loaded";
 const CHUNKS: &str = "tensor f16 256 in chunks";
 const ALL: &str = "tensor bf16 64/32 everything";
 const HELD: &str = "tensor f16 80 bias in registers";
-const STAGED: &str = "staged f16 64 causal";
-const STAGED_WEIGHTS: &str = "staged bf16 72 weights parked";
+const STAGED: &str = "staged f16 64 causal, aligned";
+const STAGED_WEIGHTS: &str = "staged bf16 72 weights parked, aligned";
 const STAGED_ALL: &str = "staged f16 61/33 everything";
 
 /// The problem whose rows lie far apart, in three kernels.
@@ -383,32 +383,32 @@ pub const MUTANTS: &[Mutant] = &[
     bug(
         "tensor: staged rows have the pitch of v",
         STAGED_ALL,
-        "task.staged_keys[row * HEAD_PITCH + column]",
-        "task.staged_keys[row * VALUE_PITCH + column]",
+        "stage_rows<HEAD_WIDTH, HEAD_PITCH>",
+        "stage_rows<HEAD_WIDTH, VALUE_PITCH>",
     ),
     bug(
         "tensor: staged columns are not filled up",
         STAGED_ALL,
-        "column < HEAD_WIDTH; column += 32) {\n            task.staged",
-        "column < HEAD_DIM; column += 32) {\n            task.staged",
+        "task.sizes->k.row, HEAD_DIM, first",
+        "task.sizes->k.row, HEAD_WIDTH, first",
     ),
     bug(
         "tensor: staged values are not filled up",
         STAGED_ALL,
-        "column < VALUE_CHUNK; column += 32",
-        "column < task.columns; column += 32",
+        "task.sizes->v.row, task.columns, first",
+        "task.sizes->v.row, VALUE_CHUNK, first",
     ),
     bug(
         "tensor: staged block is short of a row",
         STAGED,
-        "staged_keys[KEYS * HEAD_PITCH]",
-        "staged_keys[(KEYS - 1) * HEAD_PITCH]",
+        "staged_keys[KEYS * HEAD_PITCH / 4]",
+        "staged_keys[(KEYS - 1) * HEAD_PITCH / 4]",
     ),
     bug(
         "tensor: a simdgroup's share of rows is not staged",
         STAGED,
-        "row = task.simdgroup; row < KEYS;",
-        "row = task.simdgroup; row < KEYS - 4;",
+        "constexpr int fours = KEYS * WIDTH / 4;",
+        "constexpr int fours = (KEYS - 4) * WIDTH / 4;",
     ),
     bug(
         "tensor: held q is loaded once for all steps",

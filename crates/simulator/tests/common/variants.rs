@@ -22,7 +22,10 @@ pub struct Variant {
 impl Variant {
     pub fn kernel(&self, run: &Run) -> Kernel {
         let kernel = match (self.tile, self.matmul) {
-            (Some(tile), Some(matmul)) => Kernel::tensorops(&run.problem, tile, matmul, self.case.lse),
+            (Some(tile), Some(matmul)) => {
+                let kernel = Kernel::tensorops(&run.problem, tile, matmul, self.case.lse);
+                if self.aligned { kernel.aligned(&run.problem, [0; 3]) } else { kernel }
+            }
             (Some(tile), None) if self.aligned => {
                 Kernel::simdgroup(&run.problem, tile, self.case.lse).aligned(&run.problem, [0; 3])
             }
@@ -317,13 +320,13 @@ pub fn tensorops() -> Vec<Variant> {
             in_step(parked_weights(large(80, 80))),
         ),
         (
-            "staged f16 64 causal",
+            "staged f16 64 causal, aligned",
             Case { window: (-1, 0), ..dims(F16, 64, 64) },
             staged(tile(4, 2, 32, 64)),
             large(64, 64),
         ),
         (
-            "staged bf16 72 weights parked",
+            "staged bf16 72 weights parked, aligned",
             Case { window: (RANDOM, RANDOM), bias: Some(BiasKind::Boolean), ..dims(Bf16, 72, 72) },
             staged(tile(4, 2, 16, 80)),
             parked_weights(large(80, 80)),
@@ -341,14 +344,17 @@ pub fn tensorops() -> Vec<Variant> {
             exact(parked_weights(large(48, 48))),
         ),
         (
-            "staged f16 320 from device in chunks",
+            "staged f16 320 from device in chunks, aligned",
             Case { window: (RANDOM, 0), sinks: true, ..dims(F16, 320, 320) },
             staged(query_in(Device, tile(2, 2, 16, 160))),
             large(80, 32),
         ),
     ];
-    let variant =
-        |(name, case, tile, matmul)| Variant { name, case, tile: Some(tile), aligned: false, matmul: Some(matmul) };
+    let variant = |(name, case, tile, matmul): (&'static str, Case, MetalTile, Matmul)| {
+        let aligned = name.ends_with(", aligned");
+        let case = if aligned { Case { beside: 4, ..case } } else { case };
+        Variant { name, case, tile: Some(tile), aligned, matmul: Some(matmul) }
+    };
     list.into_iter().map(variant).collect()
 }
 
