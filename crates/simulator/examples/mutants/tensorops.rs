@@ -480,8 +480,8 @@ pub const MUTANTS: &[Mutant] = &[
     bug(
         "tensor: staged offsets of 32 bits",
         FAR_TENSOR_STAGED,
-        "task.keys[row * task.sizes->k.row",
-        "task.keys[row * int(task.sizes->k.row)",
+        "const scalar* rows, long stride,",
+        "const scalar* rows, int stride,",
     ),
     none(
         "tensor: simdgroups do not keep step",
