@@ -45,16 +45,26 @@ DIFFERENTIABLE = (_Q, _K, _V, _BIAS, _SINKS)
 
 def dispatch(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Calls the forward operator."""
-    call = _Forward.apply if torch._C._are_functorch_transforms_active() else _FORWARD
+    call = _Forward.apply if _needs_function() else _FORWARD
     result: tuple[Tensor, Tensor] = call(*arguments)
     return result
 
 
 def dispatch_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """Calls the backward operator."""
-    call = _Backward.apply if torch._C._are_functorch_transforms_active() else _BACKWARD
+    call = _Backward.apply if _needs_function() else _BACKWARD
     result: tuple[Tensor, ...] = call(*arguments)
     return result
+
+
+def _needs_function() -> bool:
+    """Whether a transform of torch.func is active that takes an autograd.Function."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    # torch has no rule of functionalize for such a function, and needs none for an operator.
+    functionalize = torch._C._functorch.TransformType.Functionalize
+    return interpreter is not None and interpreter.key() != functionalize
 
 
 def check_tensor(name: str, tensor: Any) -> None:
