@@ -192,7 +192,11 @@ impl Kernel {
         text.push_str(include_str!("../kernels/common.metal"));
         text.push_str(match self.tier {
             Tier::Simdgroup => {
-                concat!(include_str!("../kernels/fragments.metal"), include_str!("../kernels/simdgroup.metal"))
+                concat!(
+                    include_str!("../kernels/fragments.metal"),
+                    include_str!("../kernels/rows.metal"),
+                    include_str!("../kernels/simdgroup.metal")
+                )
             }
             Tier::Tensorops | Tier::TensoropsStaged => include_str!("../kernels/tensorops.metal"),
             _ => include_str!("../kernels/scalar.metal"),
