@@ -136,43 +136,5 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn prefetch_far(_: *const u8) {}
 
-    #[inline(always)]
-    unsafe fn scores(
-        vectors: usize,
-        keys: *const f32,
-        key_stride: usize,
-        queries: *const f32,
-        depth: usize,
-        scores: *mut f32,
-        row_max: &mut Self::Row,
-    ) {
-        debug_assert_eq!(vectors, 1);
-        tile::scores::<Self, 4, 1>(keys, key_stride, queries, depth, scores, row_max);
-    }
-
-    #[inline(always)]
-    unsafe fn values(
-        vectors: usize,
-        values: *const f32,
-        probabilities: *const f32,
-        keys: usize,
-        out: *mut f32,
-        rescale: Option<&Self::Row>,
-    ) {
-        debug_assert_eq!(vectors, 1);
-        tile::values::<Self, 4, 1>(values, probabilities, keys, out, rescale);
-    }
-
-    #[inline(always)]
-    unsafe fn accumulate(
-        vectors: usize,
-        weights: *const f32,
-        weights_stride: usize,
-        rows: *const f32,
-        panels: usize,
-        out: *mut f32,
-    ) {
-        debug_assert_eq!(vectors, 1);
-        tile::accumulate::<Self, 4, 1>(weights, weights_stride, rows, panels, out);
-    }
+    tile::products!(4 x 1, parts: [], tile::by_row::<Self, 4, 1>, tile::by_step::<Self, 4, 1>);
 }

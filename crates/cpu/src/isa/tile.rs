@@ -1,7 +1,83 @@
-//! The register tile for instruction sets whose registers outnumber it, and for panels that are only partly filled:
-//! written with vectors, kept in registers by the compiler (`tests/disassembly.rs` checks that).
+//! What the three products do around their tile of accumulators, and the tile of instruction sets whose registers
+//! outnumber it and of panels that are only partly filled: written with vectors, kept in registers by the compiler
+//! (`tests/disassembly.rs` checks that).
 
 use super::Simd;
+
+/// The products of [`Simd`] for tiles of `$rows` rows. Full panels have `$full` vectors; `$by_row` computes
+/// `acc[r][n] += a[r * stride + step] * b[step][n]` for them from `(a, stride, b, steps, acc)`, and `$by_step`
+/// `acc[r][n] += a[step * $rows + r] * b[step][n]` from `(a, b, steps, acc)`. Panels of `$part` vectors take the tile of
+/// this file.
+macro_rules! products {
+    ($rows:literal x $full:literal, parts: [$($part:literal),*], $by_row:path, $by_step:path) => {
+        #[inline(always)]
+        unsafe fn scores(
+            vectors: usize,
+            keys: *const f32,
+            key_stride: usize,
+            queries: *const f32,
+            depth: usize,
+            scores: *mut f32,
+            row_max: &mut Self::Row,
+        ) {
+            macro_rules! tile {
+                ($n:literal, $product:path) => {{
+                    let product = |acc: &mut _| $product(keys, key_stride, queries, depth, acc);
+                    $crate::isa::tile::scores::<Self, $rows, $n>(product, scores, row_max)
+                }};
+            }
+            match vectors {
+                $($part => tile!($part, $crate::isa::tile::by_row::<Self, $rows, $part>),)*
+                _ => tile!($full, $by_row),
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn values(
+            vectors: usize,
+            values: *const f32,
+            probabilities: *const f32,
+            keys: usize,
+            out: *mut f32,
+            rescale: Option<&Self::Row>,
+        ) {
+            macro_rules! tile {
+                ($n:literal, $product:path) => {{
+                    let product = |acc: &mut _| $product(values, probabilities, keys, acc);
+                    $crate::isa::tile::values::<Self, $rows, $n>(product, out, rescale)
+                }};
+            }
+            match vectors {
+                $($part => tile!($part, $crate::isa::tile::by_step::<Self, $rows, $part>),)*
+                _ => tile!($full, $by_step),
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn accumulate(
+            vectors: usize,
+            weights: *const f32,
+            weights_stride: usize,
+            rows: *const f32,
+            panels: usize,
+            out: *mut f32,
+        ) {
+            macro_rules! tile {
+                ($n:literal, $product:path) => {{
+                    let product = |weights, rows, acc: &mut _| $product(weights, Self::PANEL, rows, Self::PANEL, acc);
+                    $crate::isa::tile::accumulate::<Self, $rows, $n>(product, weights, weights_stride, rows, panels, out)
+                }};
+            }
+            match vectors {
+                $($part => tile!($part, $crate::isa::tile::by_row::<Self, $rows, $part>),)*
+                _ => tile!($full, $by_row),
+            }
+        }
+    };
+}
+pub(super) use products;
+
+type Tile<S, const ROWS: usize, const VECTORS: usize> = [[<S as Simd>::Vector; VECTORS]; ROWS];
 
 /// `acc[r][n] += a[r * row_stride + step * step_stride] * b[step][n]` over `steps`.
 #[inline(always)]
@@ -11,7 +87,7 @@ unsafe fn outer_products<S: Simd, const ROWS: usize, const VECTORS: usize>(
     step_stride: usize,
     mut b: *const f32,
     steps: usize,
-    acc: &mut [[S::Vector; VECTORS]; ROWS],
+    acc: &mut Tile<S, ROWS, VECTORS>,
 ) {
     for _ in 0..steps {
         let row: [S::Vector; VECTORS] = std::array::from_fn(|n| S::load(b.add(n * S::LANES)));
@@ -26,22 +102,41 @@ unsafe fn outer_products<S: Simd, const ROWS: usize, const VECTORS: usize>(
     }
 }
 
+/// The tile with the rows of `a` `stride` values apart.
+#[inline(always)]
+pub(super) unsafe fn by_row<S: Simd, const ROWS: usize, const VECTORS: usize>(
+    a: *const f32,
+    stride: usize,
+    b: *const f32,
+    steps: usize,
+    acc: &mut Tile<S, ROWS, VECTORS>,
+) {
+    outer_products::<S, ROWS, VECTORS>(a, stride, 1, b, steps, acc);
+}
+
+/// The tile with the `ROWS` values of a step side by side in `a`.
+#[inline(always)]
+pub(super) unsafe fn by_step<S: Simd, const ROWS: usize, const VECTORS: usize>(
+    a: *const f32,
+    b: *const f32,
+    steps: usize,
+    acc: &mut Tile<S, ROWS, VECTORS>,
+) {
+    outer_products::<S, ROWS, VECTORS>(a, 1, ROWS, b, steps, acc);
+}
+
 /// [`Simd::scores`] with a tile of `ROWS` keys by `VECTORS` vectors of queries.
 #[inline(always)]
 pub(super) unsafe fn scores<S: Simd, const ROWS: usize, const VECTORS: usize>(
-    keys: *const f32,
-    key_stride: usize,
-    queries: *const f32,
-    depth: usize,
+    product: impl FnOnce(&mut Tile<S, ROWS, VECTORS>),
     scores: *mut f32,
     row_max: &mut S::Row,
 ) {
     let mut acc = [[S::splat(0.0); VECTORS]; ROWS];
-    outer_products::<S, ROWS, VECTORS>(keys, key_stride, 1, queries, depth, &mut acc);
-    for (r, acc) in acc.iter().enumerate() {
-        for (n, &score) in acc.iter().enumerate() {
-            S::store(scores.add(r * S::PANEL + n * S::LANES), score);
-            let max = &mut row_max.as_mut()[n];
+    product(&mut acc);
+    store::<S, ROWS, VECTORS>(&acc, scores);
+    for row in &acc {
+        for (max, &score) in row_max.as_mut().iter_mut().zip(row) {
             *max = S::max(score, *max);
         }
     }
@@ -50,31 +145,27 @@ pub(super) unsafe fn scores<S: Simd, const ROWS: usize, const VECTORS: usize>(
 /// [`Simd::values`] with a tile of `ROWS` value columns by `VECTORS` vectors of queries.
 #[inline(always)]
 pub(super) unsafe fn values<S: Simd, const ROWS: usize, const VECTORS: usize>(
-    values: *const f32,
-    probabilities: *const f32,
-    keys: usize,
+    product: impl FnOnce(&mut Tile<S, ROWS, VECTORS>),
     out: *mut f32,
     rescale: Option<&S::Row>,
 ) {
     let mut acc = [[S::splat(0.0); VECTORS]; ROWS];
     if let Some(rescale) = rescale {
-        for (r, acc) in acc.iter_mut().enumerate() {
-            for (n, acc) in acc.iter_mut().enumerate() {
-                *acc = S::mul(S::load(out.add(r * S::PANEL + n * S::LANES)), rescale.as_ref()[n]);
+        load::<S, ROWS, VECTORS>(out, &mut acc);
+        for row in &mut acc {
+            for (o, &factor) in row.iter_mut().zip(rescale.as_ref()) {
+                *o = S::mul(*o, factor);
             }
         }
     }
-    outer_products::<S, ROWS, VECTORS>(values, 1, ROWS, probabilities, keys, &mut acc);
-    for (r, acc) in acc.iter().enumerate() {
-        for (n, &o) in acc.iter().enumerate() {
-            S::store(out.add(r * S::PANEL + n * S::LANES), o);
-        }
-    }
+    product(&mut acc);
+    store::<S, ROWS, VECTORS>(&acc, out);
 }
 
 /// [`Simd::accumulate`] with a tile of `ROWS` keys by `VECTORS` vectors of columns.
 #[inline(always)]
 pub(super) unsafe fn accumulate<S: Simd, const ROWS: usize, const VECTORS: usize>(
+    mut product: impl FnMut(*const f32, *const f32, &mut Tile<S, ROWS, VECTORS>),
     weights: *const f32,
     weights_stride: usize,
     rows: *const f32,
@@ -82,18 +173,27 @@ pub(super) unsafe fn accumulate<S: Simd, const ROWS: usize, const VECTORS: usize
     out: *mut f32,
 ) {
     let mut acc = [[S::splat(0.0); VECTORS]; ROWS];
-    for (r, acc) in acc.iter_mut().enumerate() {
-        for (n, acc) in acc.iter_mut().enumerate() {
-            *acc = S::load(out.add(r * S::PANEL + n * S::LANES));
+    load::<S, ROWS, VECTORS>(out, &mut acc);
+    for panel in 0..panels {
+        product(weights.add(panel * weights_stride), rows.add(panel * S::PANEL * S::PANEL), &mut acc);
+    }
+    store::<S, ROWS, VECTORS>(&acc, out);
+}
+
+#[inline(always)]
+unsafe fn load<S: Simd, const ROWS: usize, const VECTORS: usize>(from: *const f32, acc: &mut Tile<S, ROWS, VECTORS>) {
+    for (r, row) in acc.iter_mut().enumerate() {
+        for (n, x) in row.iter_mut().enumerate() {
+            *x = S::load(from.add(r * S::PANEL + n * S::LANES));
         }
     }
-    for panel in 0..panels {
-        let (weights, rows) = (weights.add(panel * weights_stride), rows.add(panel * S::PANEL * S::PANEL));
-        outer_products::<S, ROWS, VECTORS>(weights, S::PANEL, 1, rows, S::PANEL, &mut acc);
-    }
-    for (r, acc) in acc.iter().enumerate() {
-        for (n, &o) in acc.iter().enumerate() {
-            S::store(out.add(r * S::PANEL + n * S::LANES), o);
+}
+
+#[inline(always)]
+unsafe fn store<S: Simd, const ROWS: usize, const VECTORS: usize>(acc: &Tile<S, ROWS, VECTORS>, to: *mut f32) {
+    for (r, row) in acc.iter().enumerate() {
+        for (n, &x) in row.iter().enumerate() {
+            S::store(to.add(r * S::PANEL + n * S::LANES), x);
         }
     }
 }
