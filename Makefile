@@ -10,7 +10,7 @@ RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates -type f)
 PYTHON_FOLDERS := python tests bench demo mtlflashattn.data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clang build demo test test-rust test-python test-neon mutants counters gpu-proof lint check-macos format bench clean
+.PHONY: help setup clang build demo test test-rust test-python test-neon mutants counters gpu-proof lint check-macos format docs links bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -69,6 +69,12 @@ format: setup ## Format Rust and Python
 	cargo fmt --all
 	.venv/bin/ruff check --fix $(PYTHON_FOLDERS)
 	.venv/bin/ruff format $(PYTHON_FOLDERS)
+
+docs: setup ## Build the site of docs/ into target/site; a broken link fails
+	.venv/bin/zensical build --strict
+
+links: ## List the links to other sites that README.md and docs/ have
+	@grep -ohE 'https?://[^] )>"`]+' README.md CHANGELOG.md docs/*.md | sort -u
 
 bench: build ## Measure against torch's scaled_dot_product_attention, interleaved
 	$(VENV_PYTHON) -m bench
