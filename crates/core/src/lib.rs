@@ -4,6 +4,8 @@
 //! Engines only execute plans. This crate knows no engine, reads no environment and holds no unsafe code.
 #![forbid(unsafe_code)]
 
+pub mod append;
+pub mod cache;
 pub mod dtype;
 pub mod error;
 pub mod mask;
@@ -14,6 +16,8 @@ pub mod settings;
 pub mod tier;
 pub mod trace;
 
+pub use append::{Append, Pairs, Rotary, RotaryOptions};
+pub use cache::{Cache, CacheBuffers, CacheLayout, CacheLengths, CacheOptions, CacheRow, LengthsArgument};
 pub use dtype::Dtype;
 pub use error::{Error, Result};
 pub use mask::{Alignment, Mask};

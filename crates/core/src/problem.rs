@@ -3,6 +3,7 @@
 #[cfg(test)]
 mod tests;
 
+use crate::cache::{self, Cache, CacheOptions, Queries};
 use crate::{Alignment, Dtype, Error, Mask, Result};
 
 /// Shape and strides (in elements) of a tensor as the caller handed it over.
@@ -39,7 +40,8 @@ impl Strides {
     }
 }
 
-/// How tokens are grouped into sequences.
+/// How tokens are grouped into sequences. Where keys lie in a cache, its buffers say how many a sequence has: the lengths
+/// here are bounds, and `total_key` counts the rows of the whole cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Lengths {
     /// `batch` sequences of equal length.
@@ -108,19 +110,22 @@ impl Lengths {
     /// # Errors
     /// [`Error::Value`] names the first offending entry.
     pub fn check_offsets(&self, query_offsets: &[i32], key_offsets: &[i32]) -> Result<()> {
-        let Self::Packed { batch, total_query, total_key, max_query_len, max_key_len } = *self else {
-            return Ok(());
-        };
-        let query = ("cu_seqlens_q", "max_seqlen_q", query_offsets, total_query, max_query_len);
-        let key = ("cu_seqlens_k", "max_seqlen_k", key_offsets, total_key, max_key_len);
-        for (name, max_name, offsets, total, max_len) in [query, key] {
-            check_sequence_offsets(name, max_name, offsets, batch, total, max_len)?;
-        }
-        Ok(())
+        let Self::Packed { batch, total_key, max_key_len, .. } = *self else { return Ok(()) };
+        self.check_query_offsets(query_offsets)?;
+        check_sequence_offsets("cu_seqlens_k", "max_seqlen_k", key_offsets, batch, total_key, max_key_len)
+    }
+
+    /// The part of [`Self::check_offsets`] that is about `cu_seqlens_q`: all of it where keys lie in a cache.
+    ///
+    /// # Errors
+    /// [`Error::Value`] names the first offending entry.
+    pub fn check_query_offsets(&self, query_offsets: &[i32]) -> Result<()> {
+        let Self::Packed { batch, total_query, max_query_len, .. } = *self else { return Ok(()) };
+        check_sequence_offsets("cu_seqlens_q", "max_seqlen_q", query_offsets, batch, total_query, max_query_len)
     }
 }
 
-fn check_sequence_offsets(
+pub(crate) fn check_sequence_offsets(
     name: &'static str,
     max_name: &'static str,
     offsets: &[i32],
@@ -220,6 +225,8 @@ pub struct Problem {
     pub dtype: Dtype,
     /// Sequences and their lengths.
     pub lengths: Lengths,
+    /// The cache that k and v are, if they are one; else k and v hold the keys that `lengths` says.
+    pub cache: Option<Cache>,
     /// Heads of q and of the output.
     pub query_heads: usize,
     /// Heads of k and v; query head `h` reads key head `h / group()`.
@@ -251,6 +258,7 @@ pub struct Problem {
 /// The dimension names of a dense and of a packed tensor, for messages.
 const DENSE: &str = "(batch, seqlen, heads, head_dim)";
 const PACKED: &str = "(total, heads, head_dim)";
+const PAGED: &str = "(pages, page_size, heads, head_dim)";
 
 impl Problem {
     /// A batch of equally long sequences: `q [batch, query_len, query_heads, head_dim]`,
@@ -305,6 +313,71 @@ impl Problem {
         Self::build([q, k, v], lengths, heads, [head_dim, key_dim, value_dim], options)
     }
 
+    /// Equally many queries for each sequence, with keys in a cache: `q [batch, query_len, query_heads, head_dim]`,
+    /// `k_cache [slots or pages, slot_len or page_len, key_heads, head_dim]`, and `v_cache` the same with `value_dim`.
+    ///
+    /// # Errors
+    /// Names the argument, what came and what is allowed.
+    pub fn cached(
+        q: TensorMeta<'_>,
+        k_cache: TensorMeta<'_>,
+        v_cache: TensorMeta<'_>,
+        cache: &CacheOptions<'_>,
+        options: &Options<'_>,
+    ) -> Result<Self> {
+        let [batch, query_len, query_heads, head_dim] = sizes("q", &q, DENSE)?;
+        let queries = Queries::Dense { batch, query_len };
+        Self::over_cache([q, k_cache, v_cache], queries, (query_heads, head_dim), cache, options)
+    }
+
+    /// Ragged queries packed along the rows, `q [total_query, query_heads, head_dim]`, with keys in a cache as in
+    /// [`Self::cached`].
+    ///
+    /// # Errors
+    /// Names the argument, what came and what is allowed.
+    pub fn packed_cached(
+        q: TensorMeta<'_>,
+        k_cache: TensorMeta<'_>,
+        v_cache: TensorMeta<'_>,
+        batch: usize,
+        max_seqlen: (i64, Option<i64>),
+        cache: &CacheOptions<'_>,
+        options: &Options<'_>,
+    ) -> Result<Self> {
+        let [total_query, query_heads, head_dim] = sizes("q", &q, PACKED)?;
+        let max_query_len = max_len("max_seqlen_q", max_seqlen.0)?;
+        let max_key_len = max_seqlen.1.map(|len| max_len("max_seqlen_k", len)).transpose()?;
+        let queries = Queries::Packed { batch, total_query, max_query_len, max_key_len };
+        Self::over_cache([q, k_cache, v_cache], queries, (query_heads, head_dim), cache, options)
+    }
+
+    fn over_cache(
+        [q, k, v]: [TensorMeta<'_>; 3],
+        queries: Queries,
+        (query_heads, head_dim): (usize, usize),
+        cache_options: &CacheOptions<'_>,
+        options: &Options<'_>,
+    ) -> Result<Self> {
+        let (Queries::Dense { batch, .. } | Queries::Packed { batch, .. }) = queries;
+        let names = if cache_options.block_table.is_some() { PAGED } else { DENSE };
+        let [_, len, key_heads, key_dim] = sizes("k_cache", &k, names)?;
+        let [blocks, value_len, value_heads, value_dim] = sizes("v_cache", &v, names)?;
+        expect_size("v_cache", &v, "dimension 0", blocks, k.shape[0] as usize, "k_cache")?;
+        expect_size("v_cache", &v, "dimension 1", value_len, len, "k_cache")?;
+        if options.bias.is_some() {
+            return Err(Error::Unsupported {
+                argument: "bias",
+                got: "a bias over keys in a cache".into(),
+                instead: "gather the keys into a batch".into(),
+            });
+        }
+        let cache = Cache::new(&k, batch, cache_options)?;
+        let lengths = cache::lengths(&cache, queries);
+        let (heads, dims) = ([query_heads, key_heads, value_heads], [head_dim, key_dim, value_dim]);
+        let problem = Self::build([q, k, v], lengths, heads, dims, options).map_err(cache::name_caches)?;
+        Ok(Self { cache: Some(cache), ..problem })
+    }
+
     fn build(
         [q, k, v]: [TensorMeta<'_>; 3],
         lengths: Lengths,
@@ -338,6 +411,7 @@ impl Problem {
         Ok(Self {
             dtype: q.dtype,
             lengths,
+            cache: None,
             query_heads,
             key_heads,
             head_dim,
@@ -368,16 +442,20 @@ impl Problem {
     }
 }
 
-fn shape_text(shape: &[i64]) -> String {
+pub(crate) fn shape_text(shape: &[i64]) -> String {
     let sizes: Vec<String> = shape.iter().map(ToString::to_string).collect();
     format!("({})", sizes.join(", "))
 }
 
-fn shape_error(argument: &'static str, tensor: &TensorMeta<'_>, allowed: impl Into<String>) -> Error {
+pub(crate) fn shape_error(argument: &'static str, tensor: &TensorMeta<'_>, allowed: impl Into<String>) -> Error {
     Error::Shape { argument, got: shape_text(tensor.shape), allowed: allowed.into() }
 }
 
-fn sizes<const N: usize>(argument: &'static str, tensor: &TensorMeta<'_>, names: &str) -> Result<[usize; N]> {
+pub(crate) fn sizes<const N: usize>(
+    argument: &'static str,
+    tensor: &TensorMeta<'_>,
+    names: &str,
+) -> Result<[usize; N]> {
     let allowed = || format!("{N} dimensions {names}");
     let shape: [i64; N] = tensor.shape.try_into().map_err(|_| shape_error(argument, tensor, allowed()))?;
     if tensor.strides.len() != N || shape.iter().any(|&size| size < 0) {
@@ -393,7 +471,7 @@ fn sizes<const N: usize>(argument: &'static str, tensor: &TensorMeta<'_>, names:
     Ok(shape.map(|size| size as usize))
 }
 
-fn expect_size(
+pub(crate) fn expect_size(
     argument: &'static str,
     tensor: &TensorMeta<'_>,
     dimension: &str,
@@ -421,7 +499,7 @@ fn check_heads(q: &TensorMeta<'_>, k: &TensorMeta<'_>, query_heads: usize, key_h
 /// today's widest user address space, so that no product of sizes and strides overflows an i64.
 const MAX_BYTES: i64 = 1 << 56;
 
-fn check_extent(argument: &'static str, shape: &[i64], strides: &[i64], element_size: usize) -> Result<()> {
+pub(crate) fn check_extent(argument: &'static str, shape: &[i64], strides: &[i64], element_size: usize) -> Result<()> {
     let element_size = element_size as i64;
     let mut count = element_size;
     let mut span = 0i64;

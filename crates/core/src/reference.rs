@@ -13,17 +13,22 @@
 //! sink of negative infinity is no sink. Where there is neither a visible key nor a sink, and in rows of packed tensors
 //! that belong to no sequence, `out` is 0 and `lse` is positive infinity, as in `flash_attn` 2.8.
 
+mod append;
 pub mod bounds;
 #[cfg(test)]
 mod tests;
 
 use std::ops::Range;
+use std::rc::Rc;
 
-use crate::{Lengths, Problem};
+use crate::{CacheBuffers, CacheRow, Lengths, Problem};
+
+pub use append::{AppendInputs, append};
 
 /// The tensors of a problem as contiguous float64 values, whatever strides the problem has.
 ///
-/// `tokens` stands for `batch * query_len` or `batch * key_len` of dense and for the total of packed problems.
+/// `tokens` stands for `batch * query_len` or `batch * key_len` of dense and for the total of packed problems; of keys in
+/// a cache for its `blocks * block_len` rows.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ReferenceInputs<'a> {
     /// `[tokens, query_heads, head_dim]`.
@@ -34,8 +39,10 @@ pub struct ReferenceInputs<'a> {
     pub v: &'a [f64],
     /// `cu_seqlens_q` of a packed problem.
     pub query_offsets: &'a [i32],
-    /// `cu_seqlens_k` of a packed problem.
+    /// `cu_seqlens_k` of a packed problem without a cache.
     pub key_offsets: &'a [i32],
+    /// What the cache of a problem consists of. New keys are in it already.
+    pub cache: CacheBuffers<'a>,
     /// `[batch, query_heads]`, for a problem with ALiBi.
     pub alibi_slopes: Option<&'a [f64]>,
     /// `[batch, query_heads, query_len, key_len]`, for a dense problem with a bias; negative infinity hides a key.
@@ -147,8 +154,8 @@ struct Row {
     query: usize,
     /// Position among all rows of q.
     query_token: usize,
-    /// First row of k and v of the sequence.
-    key_token: usize,
+    /// Row of k and v of each key.
+    key_tokens: Rc<[usize]>,
     query_len: usize,
     key_len: usize,
 }
@@ -175,11 +182,11 @@ impl Row {
     }
 
     fn key_range(&self, problem: &Problem, key: usize) -> Range<usize> {
-        block((self.key_token + key) * problem.key_heads + self.head / problem.group(), problem.head_dim)
+        block(self.key_tokens[key] * problem.key_heads + self.head / problem.group(), problem.head_dim)
     }
 
     fn value_range(&self, problem: &Problem, key: usize) -> Range<usize> {
-        block((self.key_token + key) * problem.key_heads + self.head / problem.group(), problem.value_dim)
+        block(self.key_tokens[key] * problem.key_heads + self.head / problem.group(), problem.value_dim)
     }
 
     fn out_range(&self, problem: &Problem) -> Range<usize> {
@@ -255,36 +262,46 @@ fn rows(problem: &Problem, inputs: &ReferenceInputs<'_>) -> Vec<Row> {
     check(problem, inputs);
     let mut rows = Vec::new();
     for batch in 0..problem.lengths.batch() {
-        let (queries, keys) = tokens(&problem.lengths, inputs, batch);
+        let (queries, keys) = tokens(problem, inputs, batch);
         for head in 0..problem.query_heads {
             rows.extend(queries.clone().map(|query_token| Row {
                 batch,
                 head,
                 query: query_token - queries.start,
                 query_token,
-                key_token: keys.start,
                 query_len: queries.len(),
                 key_len: keys.len(),
+                key_tokens: Rc::clone(&keys),
             }));
         }
     }
     rows
 }
 
-/// Rows of q, and of k and v, that sequence `batch` occupies.
-fn tokens(lengths: &Lengths, inputs: &ReferenceInputs<'_>, batch: usize) -> (Range<usize>, Range<usize>) {
+/// Rows of q that sequence `batch` occupies, and the row of k and v of each of its keys.
+fn tokens(problem: &Problem, inputs: &ReferenceInputs<'_>, batch: usize) -> (Range<usize>, Rc<[usize]>) {
     let between = |offsets: &[i32]| offsets[batch] as usize..offsets[batch + 1] as usize;
-    match *lengths {
-        Lengths::Dense { query_len, key_len, .. } => (block(batch, query_len), block(batch, key_len)),
-        Lengths::Packed { .. } => (between(inputs.query_offsets), between(inputs.key_offsets)),
-    }
+    let queries = match problem.lengths {
+        Lengths::Dense { query_len, .. } => block(batch, query_len),
+        Lengths::Packed { .. } => between(inputs.query_offsets),
+    };
+    let keys = match (&problem.cache, problem.lengths) {
+        (Some(cache), _) => {
+            let token = |CacheRow { block, row }| block * cache.block_len() + row;
+            (0..cache.key_len(&inputs.cache, batch)).map(|key| token(cache.row(&inputs.cache, batch, key))).collect()
+        }
+        (None, Lengths::Dense { key_len, .. }) => block(batch, key_len).collect(),
+        (None, Lengths::Packed { .. }) => between(inputs.key_offsets).collect(),
+    };
+    (queries, keys)
 }
 
 fn check(problem: &Problem, inputs: &ReferenceInputs<'_>) {
     let (batch, heads) = (problem.lengths.batch(), problem.query_heads);
-    let key_tokens = match problem.lengths {
-        Lengths::Dense { batch, key_len, .. } => batch * key_len,
-        Lengths::Packed { total_key, .. } => total_key,
+    let key_tokens = match (problem.cache, problem.lengths) {
+        (Some(cache), _) => cache.blocks() * cache.block_len(),
+        (None, Lengths::Dense { batch, key_len, .. }) => batch * key_len,
+        (None, Lengths::Packed { total_key, .. }) => total_key,
     };
     let score_count = batch * heads * problem.lengths.max_query_len() * problem.lengths.max_key_len();
     let optional = |present: bool, size: usize| present.then_some(size);
@@ -298,7 +315,12 @@ fn check(problem: &Problem, inputs: &ReferenceInputs<'_>) {
     ] {
         assert!(got == want, "{name} has {got:?} elements, the problem wants {want:?}");
     }
-    problem.lengths.check_offsets(inputs.query_offsets, inputs.key_offsets).expect("valid offsets");
+    if problem.cache.is_some() {
+        problem.lengths.check_query_offsets(inputs.query_offsets).expect("valid offsets");
+        problem.check_cache(&inputs.cache).expect("a valid cache");
+    } else {
+        problem.lengths.check_offsets(inputs.query_offsets, inputs.key_offsets).expect("valid offsets");
+    }
 }
 
 /// Block number `index` of blocks of `len`.

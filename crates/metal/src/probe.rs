@@ -312,6 +312,7 @@ impl SmallProblem {
             alibi_slopes: full_slopes.as_deref(),
             bias: full_bias.as_deref(),
             sinks: tensors.sinks.as_ref().map(|sinks| &*sinks.values),
+            ..ReferenceInputs::default()
         };
         let exact = reference::forward(&problem, &inputs);
         let bounds = bounds::error_bounds_of(kernel.arithmetic(), &problem, &inputs);

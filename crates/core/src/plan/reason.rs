@@ -70,6 +70,8 @@ pub enum Reason {
     TooLong(usize),
     /// The tier failed on this machine.
     Demoted(String),
+    /// The tier reads no keys in a cache.
+    NoCache,
     /// The tier computes no gradients.
     NoBackward,
     /// The tier computes no gradient of an additive bias.
@@ -126,6 +128,7 @@ impl fmt::Display for Reason {
                 write!(f, "a length or head dimension of {len}, and Metal kernels take at most {MAX_LEN}")
             }
             Self::Demoted(failure) => write!(f, "failed here: {failure}"),
+            Self::NoCache => f.write_str("reads no keys in a cache"),
             Self::NoBackward => f.write_str("has no backward pass"),
             Self::NoBiasGradient => f.write_str("computes no gradient of a bias"),
             Self::After(tier) => write!(f, "{tier} comes before it and serves this call"),

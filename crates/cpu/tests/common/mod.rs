@@ -421,6 +421,7 @@ impl Run {
             alibi_slopes: self.problem.alibi.map(|_| self.full_slopes.as_slice()),
             bias: self.problem.bias.map(|_| self.full_bias.as_slice()),
             sinks: None,
+            ..ReferenceInputs::default()
         }
     }
 

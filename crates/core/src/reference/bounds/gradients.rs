@@ -19,7 +19,7 @@
 //! 5. *Sums.* `dQ`, `dK`, `dV` and the gradient of a sink are sums of `n` such products: the sum of their errors, and
 //!    `gamma(n + 16)` times the sum of their magnitudes. Rounding to the type comes last.
 
-use super::super::{Gradients, Row, Score, Softmax, add_scaled, backward, dot, rows, tokens};
+use super::super::{Gradients, Row, Score, Softmax, add_scaled, backward, dot, rows};
 use super::{
     Arithmetic, ELEMENTARY, FLUSH, SECOND_ORDER, UNIT, Weights, error_bounds_of, gamma, round_to, score_bound,
 };
@@ -63,7 +63,7 @@ pub fn gradient_bounds(
             delta: dot(&d_out[out.clone()], &forward.out[out.clone()]) - d_lse,
             delta_bound: delta_bound(&d_out[out.clone()], &forward.out[out.clone()], &out_bounds[out], d_lse),
         };
-        let sequence_rows = tokens(&problem.lengths, inputs, row.batch).0.len();
+        let sequence_rows = row.query_len;
         let summed = gamma(sequence_rows * problem.group() + 16);
         for (score, probability) in scores.iter().zip(&softmax.probabilities) {
             errors.add_key(problem, inputs, &row, score, *probability, (gamma(scores.len() + 16), summed), &mut bounds);

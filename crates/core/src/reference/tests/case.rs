@@ -165,6 +165,7 @@ impl Case {
             alibi_slopes: self.alibi_slopes.as_deref(),
             bias: self.bias.as_deref(),
             sinks: self.sinks.as_deref(),
+            ..ReferenceInputs::default()
         }
     }
 
