@@ -1,5 +1,5 @@
 //! What happens before attention over a cache: new keys and values are written into it, and new keys and queries are
-//! rotated by their positions (Su et al., "RoFormer", 2021).
+//! rotated by their positions (Su et al., 2021, arXiv 2104.09864).
 //!
 //! New key `t` of sequence `b` goes to the row of key `key_len - new_len + t` ([`Cache::row`](crate::Cache::row)), which
 //! is position `filled + t`. With rotary embeddings a head of `head_dim` values has `dim / 2` pairs in front; pair `p` at

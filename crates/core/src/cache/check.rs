@@ -178,11 +178,7 @@ fn shared(page: i32, writer: (usize, usize), other: (usize, usize)) -> Error {
 }
 
 fn at(value: i32, index: &[usize]) -> String {
-    match index {
-        [index] => format!("{value} at index {index}"),
-        _ => {
-            let index: Vec<String> = index.iter().map(ToString::to_string).collect();
-            format!("{value} at index ({})", index.join(", "))
-        }
-    }
+    let places: Vec<String> = index.iter().map(ToString::to_string).collect();
+    let places = places.join(", ");
+    if index.len() == 1 { format!("{value} at index {places}") } else { format!("{value} at index ({places})") }
 }
