@@ -9,17 +9,14 @@ mod block;
 mod reduce;
 mod schedule;
 
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
-
-use half::{bf16, f16};
 use mtlflashattn_core::{CpuBackwardTile, Dtype, Problem, Strides};
 
 use crate::call::Call;
-use crate::interrupt::{Stop, Ticker};
-use crate::isa::{Isa, portable::Portable};
+use crate::interrupt::Ticker;
+use crate::isa::{Isa, instantiate};
+use crate::queue::{self, Queue};
 use crate::run::{MIN_PARALLEL_FLOPS, with_scratch};
-use crate::{Error, Inputs, Outputs, pool};
+use crate::{Error, Inputs, Outputs};
 use block::{Part, Scratch};
 use schedule::{Schedule, Span};
 
@@ -94,28 +91,8 @@ macro_rules! kernels {
     }};
 }
 
-macro_rules! kernels_of {
-    ($isa:ty, $dtype:expr $(, $features:literal)?) => {
-        match $dtype {
-            Dtype::F32 => kernels!($isa, f32 $(, $features)?),
-            Dtype::F16 => kernels!($isa, f16 $(, $features)?),
-            Dtype::Bf16 => kernels!($isa, bf16 $(, $features)?),
-        }
-    };
-}
-
 fn kernels(isa: Isa, dtype: Dtype) -> Kernels {
-    match isa {
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => kernels_of!(crate::isa::avx2::Avx2, dtype, "avx2,fma,f16c"),
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => {
-            kernels_of!(crate::isa::avx512::Avx512, dtype, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
-        }
-        #[cfg(target_arch = "aarch64")]
-        Isa::Neon => kernels_of!(crate::isa::neon::Neon, dtype, "neon"),
-        _ => kernels_of!(Portable, dtype),
-    }
+    instantiate!(kernels, isa, dtype)
 }
 
 /// Computes the gradients of a call from its inputs, its results and their gradients.
@@ -153,87 +130,41 @@ pub unsafe fn backward(
     // SAFETY: the caller's contract.
     unsafe { reduce::clear_uncovered(&backward, &schedule) };
     let workers = if problem.flops() >= MIN_PARALLEL_FLOPS { threads.saturating_sub(1) } else { 0 };
-    let run = Run {
-        backward: &backward,
-        schedule: &schedule,
-        kernels,
-        next: AtomicUsize::new(0),
-        stop: Stop::default(),
-        failure: Mutex::new(None),
-    };
-    run.all(workers, interrupted)
+    let run = Run { backward: &backward, schedule: &schedule, kernels };
+    let helpers = workers.min(schedule.parts().saturating_sub(1));
+    Queue::run(helpers, interrupted, |queue, ticker| run.parts(queue, ticker))?;
+    queue::for_each(workers, schedule.spans(), |index| run.reduce(index));
+    // SAFETY: all parts have finished.
+    unsafe { reduce::sinks(&backward, &schedule) };
+    Ok(())
 }
 
 struct Run<'a> {
     backward: &'a Backward<'a>,
     schedule: &'a Schedule,
     kernels: Kernels,
-    next: AtomicUsize,
-    stop: Stop,
-    failure: Mutex<Option<Error>>,
 }
 
 // SAFETY: the sums of a part are written by one task, and read after all tasks.
 unsafe impl Sync for Run<'_> {}
 
 impl Run<'_> {
-    fn all(&self, workers: usize, interrupted: &mut dyn FnMut() -> bool) -> Result<(), Error> {
-        let mut answered = false;
-        {
-            let mut ask = || {
-                answered |= interrupted();
-                answered
-            };
-            let mut ticker = Ticker::caller(&self.stop, &mut ask);
-            let helpers = workers.min(self.schedule.parts().saturating_sub(1));
-            pool::run(helpers, &|| self.parts(&mut Ticker::worker(&self.stop)), || self.parts(&mut ticker));
-        }
-        if let Some(error) = self.failure.lock().ok().and_then(|mut failure| failure.take()) {
-            return Err(error);
-        }
-        if answered {
-            return Err(Error::Interrupted);
-        }
-        self.next.store(0, Ordering::Relaxed);
-        let helpers = workers.min(self.schedule.spans().saturating_sub(1));
-        pool::run(helpers, &|| self.spans(), || self.spans());
-        // SAFETY: all parts have finished.
-        unsafe { reduce::sinks(self.backward, self.schedule) };
-        Ok(())
-    }
-
     /// Takes parts until there are none.
-    fn parts(&self, ticker: &mut Ticker<'_>) {
+    fn parts(&self, queue: &Queue, ticker: &mut Ticker<'_>) -> Result<(), Error> {
         let scratch = (self.kernels.scratch)(self.backward);
-        let done = with_scratch(scratch.len(), |block| {
-            loop {
-                let index = self.next.fetch_add(1, Ordering::Relaxed);
-                if index >= self.schedule.parts() || ticker.should_stop() {
-                    return;
-                }
+        with_scratch(scratch.len(), |block| {
+            while let Some(index) = queue.next(self.schedule.parts(), ticker) {
                 let part = self.schedule.part(&self.backward.call, index);
                 // SAFETY: `backward`'s contract; the scratch block has the size that the layout asks for.
                 unsafe { (self.kernels.part)(self.backward, &part, scratch, block, ticker) }
             }
-        });
-        if let Err(error) = done {
-            self.stop.set();
-            if let Ok(mut failure) = self.failure.lock() {
-                *failure = Some(error);
-            }
-        }
+        })
     }
 
-    /// Adds splits up until there are none.
-    fn spans(&self) {
-        loop {
-            let index = self.next.fetch_add(1, Ordering::Relaxed);
-            if index >= self.schedule.spans() {
-                return;
-            }
-            let (span, splits) = self.schedule.span(&self.backward.call, index);
-            // SAFETY: all parts have finished, so that their sums are complete.
-            unsafe { (self.kernels.reduce)(self.backward, &span, &splits) }
-        }
+    /// Adds up the splits of a span.
+    fn reduce(&self, index: usize) {
+        let (span, splits) = self.schedule.span(&self.backward.call, index);
+        // SAFETY: all parts have finished, so that their sums are complete.
+        unsafe { (self.kernels.reduce)(self.backward, &span, &splits) }
     }
 }

@@ -22,6 +22,7 @@ mod merge;
 mod modify;
 mod panels;
 mod pool;
+mod queue;
 pub mod roofline;
 mod rows;
 mod run;

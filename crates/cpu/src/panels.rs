@@ -8,7 +8,7 @@ use std::ops::Range;
 use crate::call::{Call, Task, Work, normalizer};
 use crate::element::{Element, narrow, widen};
 use crate::interrupt::Ticker;
-use crate::isa::Simd;
+use crate::isa::{Simd, load_row, store_row};
 use crate::modify::PanelScores;
 use crate::rows::{Rows, prefetch};
 use crate::workspace::Carver;
@@ -421,15 +421,4 @@ unsafe fn transpose_out<S: Simd>(out: *const f32, factor: S::Vector, columns: us
     for column in (0..columns).step_by(S::LANES) {
         S::transpose(out.add(column * S::PANEL), S::PANEL as isize, factor, to.add(column), stride);
     }
-}
-
-#[inline(always)]
-unsafe fn load_row<S: Simd>(p: *const f32) -> S::Row {
-    // SAFETY: a row is an array of vectors without padding, exactly `PANEL` floats.
-    p.cast::<S::Row>().read_unaligned()
-}
-
-#[inline(always)]
-unsafe fn store_row<S: Simd>(p: *mut f32, row: &S::Row) {
-    p.cast::<S::Row>().write_unaligned(*row);
 }

@@ -1,18 +1,16 @@
 //! From a call to the kernels of an instruction set and a dtype, on one thread or many.
 
 use std::cell::RefCell;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
-use half::{bf16, f16};
 use mtlflashattn_core::{CpuPath, Dtype, Lengths};
 
 use crate::call::{Call, Task};
-use crate::interrupt::{Stop, Ticker};
-use crate::isa::{Isa, portable::Portable};
+use crate::interrupt::Ticker;
+use crate::isa::{Isa, instantiate};
+use crate::queue::{self, Queue};
 use crate::schedule::Schedule;
 use crate::workspace::Block;
-use crate::{Error, decode, merge, panels, pool};
+use crate::{Error, decode, merge, panels};
 
 /// Below this much work (about 50 us on one core) waking other threads costs more than it saves.
 pub(crate) const MIN_PARALLEL_FLOPS: f64 = 4e6;
@@ -55,28 +53,8 @@ macro_rules! kernels {
     }};
 }
 
-macro_rules! kernels_of {
-    ($isa:ty, $dtype:expr $(, $features:literal)?) => {
-        match $dtype {
-            Dtype::F32 => kernels!($isa, f32 $(, $features)?),
-            Dtype::F16 => kernels!($isa, f16 $(, $features)?),
-            Dtype::Bf16 => kernels!($isa, bf16 $(, $features)?),
-        }
-    };
-}
-
 fn kernels(isa: Isa, dtype: Dtype) -> Kernels {
-    match isa {
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => kernels_of!(crate::isa::avx2::Avx2, dtype, "avx2,fma,f16c"),
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => {
-            kernels_of!(crate::isa::avx512::Avx512, dtype, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
-        }
-        #[cfg(target_arch = "aarch64")]
-        Isa::Neon => kernels_of!(crate::isa::neon::Neon, dtype, "neon"),
-        _ => kernels_of!(Portable, dtype),
-    }
+    instantiate!(kernels, isa, dtype)
 }
 
 /// Executes a call.
@@ -92,108 +70,55 @@ pub(crate) unsafe fn forward(
     let schedule = Schedule::new(call, threads)?;
     let kernels = kernels(isa, call.problem.dtype);
     clear_uncovered(call, &schedule);
-    let parallel = call.problem.flops() >= MIN_PARALLEL_FLOPS;
-    let run = Run {
-        call,
-        schedule: &schedule,
-        kernels,
-        workers: if parallel { threads.min(schedule.tasks()).saturating_sub(1) } else { 0 },
-        next: AtomicUsize::new(0),
-        stop: Stop::default(),
-        failure: Mutex::new(None),
-    };
-    run.all(interrupted)
+    let workers = if call.problem.flops() >= MIN_PARALLEL_FLOPS { threads.saturating_sub(1) } else { 0 };
+    let run = Run { call, schedule: &schedule, kernels };
+    let helpers = workers.min(schedule.tasks().saturating_sub(1));
+    Queue::run(helpers, interrupted, |queue, ticker| run.tasks(queue, ticker))?;
+    queue::for_each(helpers, schedule.merges(), |index| run.merge(index));
+    Ok(())
 }
 
 struct Run<'a> {
     call: &'a Call<'a>,
     schedule: &'a Schedule<'a>,
     kernels: Kernels,
-    /// Threads beside the calling one.
-    workers: usize,
-    next: AtomicUsize,
-    stop: Stop,
-    failure: Mutex<Option<Error>>,
 }
 
 // SAFETY: partial results are written by one task each, and merged after all tasks.
 unsafe impl Sync for Run<'_> {}
 
 impl Run<'_> {
-    fn all(&self, interrupted: &mut dyn FnMut() -> bool) -> Result<(), Error> {
-        let mut answered = false;
-        {
-            let mut ask = || {
-                answered |= interrupted();
-                answered
-            };
-            let mut ticker = Ticker::caller(&self.stop, &mut ask);
-            pool::run(self.workers, &|| self.tasks(&mut Ticker::worker(&self.stop)), || self.tasks(&mut ticker));
-        }
-        if let Some(error) = self.failure.lock().ok().and_then(|mut failure| failure.take()) {
-            return Err(error);
-        }
-        if answered {
-            return Err(Error::Interrupted);
-        }
-        self.next.store(0, Ordering::Relaxed);
-        pool::run(self.workers.min(self.schedule.merges().saturating_sub(1)), &|| self.merges(), || self.merges());
-        Ok(())
-    }
-
     /// Takes tasks until there are none.
-    fn tasks(&self, ticker: &mut Ticker<'_>) {
+    fn tasks(&self, queue: &Queue, ticker: &mut Ticker<'_>) -> Result<(), Error> {
         let (tile, rows) = (self.call.tile, self.call.problem.lengths.max_query_len() * self.call.group);
         let rows = tile.task_rows.min(rows.max(1));
-        let done = match tile.path {
+        match tile.path {
             CpuPath::Panels => {
                 let keys = tile.key_block.min(self.call.problem.lengths.max_key_len().max(1));
                 let scratch = (self.kernels.panels_scratch)(self.call, rows, keys);
                 with_scratch(scratch.len(), |block| {
-                    // SAFETY: `forward`'s contract; the scratch block has the size that the layout asks for.
-                    self.each(ticker, |task, ticker| unsafe {
-                        (self.kernels.panels)(self.call, task, scratch, block, ticker);
-                    });
+                    while let Some(index) = queue.next(self.schedule.tasks(), ticker) {
+                        // SAFETY: `forward`'s contract; the scratch block has the size that the layout asks for.
+                        unsafe { (self.kernels.panels)(self.call, &self.schedule.task(index), scratch, block, ticker) }
+                    }
                 })
             }
             CpuPath::Decode => {
                 let scratch = (self.kernels.decode_scratch)(self.call, rows * self.schedule.task_heads());
                 with_scratch(scratch.len(), |block| {
-                    // SAFETY: as above.
-                    self.each(ticker, |task, ticker| unsafe {
-                        (self.kernels.decode)(self.call, task, scratch, block, ticker);
-                    });
+                    while let Some(index) = queue.next(self.schedule.tasks(), ticker) {
+                        // SAFETY: as above.
+                        unsafe { (self.kernels.decode)(self.call, &self.schedule.task(index), scratch, block, ticker) }
+                    }
                 })
             }
-        };
-        if let Err(error) = done {
-            self.stop.set();
-            if let Ok(mut failure) = self.failure.lock() {
-                *failure = Some(error);
-            }
         }
     }
 
-    fn each(&self, ticker: &mut Ticker<'_>, mut run: impl FnMut(&Task, &mut Ticker<'_>)) {
-        loop {
-            let index = self.next.fetch_add(1, Ordering::Relaxed);
-            if index >= self.schedule.tasks() || ticker.should_stop() {
-                return;
-            }
-            run(&self.schedule.task(index), ticker);
-        }
-    }
-
-    fn merges(&self) {
-        loop {
-            let index = self.next.fetch_add(1, Ordering::Relaxed);
-            if index >= self.schedule.merges() {
-                return;
-            }
-            let (task, splits) = self.schedule.merge(index);
-            // SAFETY: all tasks have finished, so every partial result is written.
-            unsafe { (self.kernels.merge)(self.call, &task, &splits) }
-        }
+    fn merge(&self, index: usize) {
+        let (task, splits) = self.schedule.merge(index);
+        // SAFETY: all tasks have finished, so every partial result is written.
+        unsafe { (self.kernels.merge)(self.call, &task, &splits) }
     }
 }
 

@@ -14,7 +14,7 @@ use super::schedule::Columns;
 use crate::call::Task;
 use crate::element::{Element, narrow, widen};
 use crate::interrupt::Ticker;
-use crate::isa::Simd;
+use crate::isa::{Simd, load_row};
 use crate::modify::PanelScores;
 use crate::rows::Rows;
 use crate::workspace::Carver;
@@ -538,10 +538,4 @@ impl Work<'_, '_> {
             }
         }
     }
-}
-
-#[inline(always)]
-unsafe fn load_row<S: Simd>(p: *const f32) -> S::Row {
-    // SAFETY: a row is an array of vectors without padding, exactly `PANEL` floats.
-    p.cast::<S::Row>().read_unaligned()
 }

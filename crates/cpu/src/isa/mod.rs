@@ -101,7 +101,35 @@ impl Isa {
     }
 }
 
-/// Vectors of float32 and the two matrix products built on them.
+/// `$kernels!(simd, element[, features])` for an instruction set and a dtype that are known at run time: code that is
+/// generic over [`Simd`] must be instantiated inside functions that enable `features`.
+macro_rules! instantiate {
+    ($kernels:ident, $isa:expr, $dtype:expr) => {
+        match $isa {
+            #[cfg(target_arch = "x86_64")]
+            $crate::isa::Isa::Avx2 => {
+                $crate::isa::instantiate!($kernels, $dtype => $crate::isa::avx2::Avx2, "avx2,fma,f16c")
+            }
+            #[cfg(target_arch = "x86_64")]
+            $crate::isa::Isa::Avx512 => $crate::isa::instantiate!(
+                $kernels, $dtype => $crate::isa::avx512::Avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"
+            ),
+            #[cfg(target_arch = "aarch64")]
+            $crate::isa::Isa::Neon => $crate::isa::instantiate!($kernels, $dtype => $crate::isa::neon::Neon, "neon"),
+            _ => $crate::isa::instantiate!($kernels, $dtype => $crate::isa::portable::Portable),
+        }
+    };
+    ($kernels:ident, $dtype:expr => $simd:ty $(, $features:literal)?) => {
+        match $dtype {
+            mtlflashattn_core::Dtype::F32 => $kernels!($simd, f32 $(, $features)?),
+            mtlflashattn_core::Dtype::F16 => $kernels!($simd, half::f16 $(, $features)?),
+            mtlflashattn_core::Dtype::Bf16 => $kernels!($simd, half::bf16 $(, $features)?),
+        }
+    };
+}
+pub(crate) use instantiate;
+
+/// Vectors of float32 and the matrix products built on them.
 ///
 /// A panel is `PANEL` query rows, one per lane: scores are `S^T = K Q^T` and values `O^T += V^T P^T`, so that the row
 /// maximum, sum and rescaling are lane-wise and need no horizontal operation.
@@ -187,4 +215,16 @@ pub(crate) trait Simd: Copy + 'static {
         panels: usize,
         out: *mut f32,
     );
+}
+
+/// The vectors of one row of a panel.
+#[inline(always)]
+pub(crate) unsafe fn load_row<S: Simd>(p: *const f32) -> S::Row {
+    // SAFETY: a row is an array of vectors without padding, exactly `PANEL` floats.
+    p.cast::<S::Row>().read_unaligned()
+}
+
+#[inline(always)]
+pub(crate) unsafe fn store_row<S: Simd>(p: *mut f32, row: &S::Row) {
+    p.cast::<S::Row>().write_unaligned(*row);
 }
