@@ -6,6 +6,7 @@
 
 pub mod append;
 pub mod cache;
+pub mod dropout;
 pub mod dtype;
 pub mod error;
 pub mod mask;
@@ -18,6 +19,7 @@ pub mod trace;
 
 pub use append::{Append, Pairs, Rotary, RotaryOptions};
 pub use cache::{Cache, CacheBuffers, CacheLayout, CacheLengths, CacheOptions, CacheRow, LengthsArgument};
+pub use dropout::Dropout;
 pub use dtype::Dtype;
 pub use error::{Error, Result};
 pub use mask::{Alignment, Mask};

@@ -4,7 +4,7 @@
 mod tests;
 
 use crate::cache::{self, Cache, CacheOptions, Queries};
-use crate::{Alignment, Dtype, Error, Mask, Result};
+use crate::{Alignment, Dropout, Dtype, Error, Mask, Result};
 
 /// Shape and strides (in elements) of a tensor as the caller handed it over.
 #[derive(Clone, Copy, Debug)]
@@ -215,6 +215,8 @@ pub struct Options<'a> {
     pub bias: Option<(BiasKind, &'a [i64], &'a [i64])>,
     /// Attention sinks, float32: shape and strides of `[query_heads]`.
     pub sinks: Option<(&'a [i64], &'a [i64])>,
+    /// What is dropped; not together with a softcap, as in `flash_attn`.
+    pub dropout: Option<Dropout>,
 }
 
 /// One valid attention call.
@@ -247,6 +249,8 @@ pub struct Problem {
     pub bias: Option<Bias>,
     /// Stride of the sinks: one more logit per query head that takes probability and has no value.
     pub sinks: Option<i64>,
+    /// Which weights are dropped, after the softmax. Of this only whether there is any may matter to plans and kernels.
+    pub dropout: Option<Dropout>,
     /// Strides of q.
     pub q: Strides,
     /// Strides of k.
@@ -408,6 +412,14 @@ impl Problem {
         let out = [lengths.query_rows(), query_heads, value_dim].map(|size| size as i64);
         check_extent("out", &out, &[0; 3], q.dtype.size())?;
         let batch = lengths.batch();
+        let softcap = softcap(options.softcap)?;
+        if options.dropout.is_some() && softcap > 0.0 {
+            return Err(Error::Unsupported {
+                argument: "softcap",
+                got: "softcap together with dropout".into(),
+                instead: "pass dropout_p=0.0 or softcap=0.0".into(),
+            });
+        }
         Ok(Self {
             dtype: q.dtype,
             lengths,
@@ -417,11 +429,12 @@ impl Problem {
             head_dim,
             value_dim,
             scale: finite("softmax_scale", options.softmax_scale.unwrap_or((head_dim as f64).powf(-0.5)))?,
-            softcap: softcap(options.softcap)?,
+            softcap,
             mask: Mask::new(options.causal, options.window, options.alignment),
             alibi: options.alibi_slopes.map(|slopes| alibi(slopes, batch, query_heads)).transpose()?,
             bias: options.bias.map(|b| bias(b, query_heads, &lengths)).transpose()?,
             sinks: options.sinks.map(|s| sinks(s, query_heads)).transpose()?,
+            dropout: options.dropout,
             q: Strides::of(&q),
             k: Strides::of(&k),
             v: Strides::of(&v),

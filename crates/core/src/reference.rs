@@ -6,8 +6,11 @@
 //! x = scale * (q_i . k_j)
 //! s = softcap * tanh(x / softcap) - slope * |d| + bias        (each term only where the problem has it)
 //! lse = ln(exp(sink) + sum over visible j of exp(s))
-//! out = sum over visible j of exp(s - lse) * v_j
+//! out = sum over visible j of z_j * exp(s - lse) * v_j
 //! ```
+//!
+//! Dropout makes `z_j` 0 or its [factor](crate::Dropout::factor), by the rule of [`dropout`](crate::dropout); without it
+//! all are 1.
 //!
 //! A key is visible inside [`Mask::visible_keys`](crate::Mask::visible_keys) unless its bias is negative infinity. A
 //! sink of negative infinity is no sink. Where there is neither a visible key nor a sink, and in rows of packed tensors
@@ -92,7 +95,7 @@ pub fn forward(problem: &Problem, inputs: &ReferenceInputs<'_>) -> Forward {
         let out = &mut result.out[row.out_range(problem)];
         for (score, probability) in scores.iter().zip(&softmax.probabilities) {
             for (out, value) in out.iter_mut().zip(&inputs.v[row.value_range(problem, score.key)]) {
-                *out += probability * value;
+                *out += probability * score.kept * value;
             }
         }
     }
@@ -102,8 +105,8 @@ pub fn forward(problem: &Problem, inputs: &ReferenceInputs<'_>) -> Forward {
 /// Computes the gradients of `sum(out * d_out) + sum(lse * d_lse)`, with `d_out` and `d_lse` in the layouts of
 /// [`Forward`]. Of an infinite LSE there is no gradient.
 ///
-/// With `p = exp(s - lse)` and `delta = out . d_out - d_lse`: `dv_j += p d_out`, `ds = p (d_out . v_j - delta)`, which is also
-/// the gradient of the bias; a sink has no value, so that its gradient is `-p delta`.
+/// With `p = exp(s - lse)` and `delta = out . d_out - d_lse`: `dv_j += z p d_out`, `ds = p (z d_out . v_j - delta)`, which is
+/// also the gradient of the bias; a sink has no value, so that its gradient is `-p delta`.
 ///
 /// # Panics
 /// When an input, `d_out` or `d_lse` does not have the size that `problem` gives it.
@@ -123,7 +126,7 @@ pub fn backward(problem: &Problem, inputs: &ReferenceInputs<'_>, d_out: &[f64], 
         let scores = row.scores(problem, inputs);
         let Some(softmax) = Softmax::new(&scores, row.sink(inputs)) else { continue };
         let d_out = &d_out[row.out_range(problem)];
-        let d_probability = |score: &Score| dot(d_out, &inputs.v[row.value_range(problem, score.key)]);
+        let d_probability = |score: &Score| score.kept * dot(d_out, &inputs.v[row.value_range(problem, score.key)]);
         let weighted = scores.iter().zip(&softmax.probabilities);
         let d_lse = d_lse.map_or(0.0, |d_lse| d_lse[row.lse_index(problem)]);
         let delta: f64 =
@@ -132,7 +135,7 @@ pub fn backward(problem: &Problem, inputs: &ReferenceInputs<'_>, d_out: &[f64], 
             let d_score = probability * (d_probability(score) - delta);
             let d_product = d_score * score.slope * f64::from(problem.scale);
             let (query, key) = (row.query_range(problem), row.key_range(problem, score.key));
-            add_scaled(&mut gradients.v[row.value_range(problem, score.key)], *probability, d_out);
+            add_scaled(&mut gradients.v[row.value_range(problem, score.key)], probability * score.kept, d_out);
             add_scaled(&mut gradients.q[query.clone()], d_product, &inputs.k[key.clone()]);
             add_scaled(&mut gradients.k[key], d_product, &inputs.q[query]);
             if let Some(bias) = &mut gradients.bias {
@@ -174,6 +177,8 @@ struct Score {
     bias: f64,
     /// The score.
     value: f64,
+    /// What dropout multiplies the weight by.
+    kept: f64,
 }
 
 impl Row {
@@ -229,7 +234,11 @@ impl Row {
         let alibi =
             inputs.alibi_slopes.map_or(0.0, |slopes| -slopes[self.batch * problem.query_heads + self.head] * distance);
         let bias = inputs.bias.map_or(0.0, |bias| bias[self.bias_index(problem, key)]);
-        Score { key, capped, slope, alibi, bias, value: capped + alibi + bias }
+        let kept = problem.dropout.map_or(1.0, |dropout| {
+            let keeps = dropout.keeps(self.batch * problem.query_heads + self.head, self.query, key);
+            if keeps { 1.0 / (1.0 - dropout.probability()) } else { 0.0 }
+        });
+        Score { key, capped, slope, alibi, bias, value: capped + alibi + bias, kept }
     }
 }
 

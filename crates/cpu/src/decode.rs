@@ -13,7 +13,7 @@ use crate::interrupt::Ticker;
 use crate::isa::Simd;
 use crate::rows::Rows;
 use crate::workspace::Carver;
-use crate::{math, score};
+use crate::{dropout, math, score};
 
 /// Bytes of K and V of one block: half of a 32 KiB first-level cache.
 const BLOCK_BYTES: usize = 16 * 1024;
@@ -258,6 +258,9 @@ impl Work<'_, '_, Scratch> {
                 }
                 self.modify::<S>(head, row, scores, keys, padded);
                 self.normalize::<S>(i, scores, padded);
+                if self.call.problem.dropout.is_some() {
+                    dropout::drop_row::<S>(self.call, &self.call.of_head(self.task, head), row, keys, scores);
+                }
                 i += 1;
             }
         }

@@ -14,6 +14,7 @@
 mod backward;
 mod call;
 mod decode;
+mod dropout;
 mod element;
 mod interrupt;
 mod isa;

@@ -6,6 +6,7 @@
 use std::ops::Range;
 
 use crate::call::{Call, Task, Work, normalizer};
+use crate::dropout::PanelDropout;
 use crate::element::{Element, narrow, widen};
 use crate::interrupt::Ticker;
 use crate::isa::{Simd, load_row, store_row};
@@ -315,6 +316,12 @@ impl Work<'_, '_, Scratch> {
             }
         }
         let rescale = self.softmax::<S>(panel, &tiles, old, new);
+        if let Some(dropout) = PanelDropout::new::<S>(self.call, self.task, &rows) {
+            dropout.each::<S>(keys.start, &tiles, |key, lane, factor| {
+                let p = scores.add(key * S::PANEL + lane);
+                S::store(p, S::mul(factor, S::load(p)));
+            });
+        }
         let rescale = if first { None } else { Some(&rescale) };
         let values = self.at(self.scratch.values);
         let out = self.at(self.out::<S>(panel));

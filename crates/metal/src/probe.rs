@@ -284,6 +284,7 @@ impl SmallProblem {
             alibi_slopes: tensors.alibi_slopes.as_ref().map(|slopes| (&*slopes.shape, &*slopes.strides)),
             bias: bias.zip(tensors.bias.as_ref()).map(|(kind, bias)| (kind, &*bias.shape, &*bias.strides)),
             sinks: tensors.sinks.as_ref().map(|sinks| (&*sinks.shape, &*sinks.strides)),
+            dropout: None,
         };
         let metas = [&tensors.q, &tensors.k, &tensors.v].map(|memory| memory.meta(dtype));
         let problem = if packed {

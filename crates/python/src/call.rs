@@ -187,6 +187,7 @@ pub fn describe(
         alibi_slopes: slopes.map(|view| (view.shape(), view.strides())),
         bias: bias.map(|(kind, view)| (kind, view.shape(), view.strides())),
         sinks: sinks.map(|view| (view.shape(), view.strides())),
+        dropout: None,
     };
     let problem = if form.varlen {
         let batch = sequences(form, objects, views)?;

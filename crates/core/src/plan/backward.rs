@@ -71,7 +71,7 @@ impl Planner<'_> {
     /// forward pass leaves nothing behind but its output and LSE, so any tier can follow any other.
     #[must_use]
     pub fn plan_backward(&self, problem: &Problem, bias_gradient: bool) -> BackwardPlan {
-        let can = |tier| self.serve_backward(tier, bias_gradient);
+        let can = |tier| self.serve_backward(problem, tier, bias_gradient);
         let forced = self.settings.kernel.tier().filter(|&tier| can(tier).is_ok());
         let tier = forced.or_else(|| Tier::ALL.into_iter().find(|&tier| can(tier).is_ok())).unwrap_or(Tier::Torch);
         let why = |other| match can(other) {
@@ -87,7 +87,7 @@ impl Planner<'_> {
         BackwardPlan { tier, cpu, passed_over: passed_over.collect() }
     }
 
-    fn serve_backward(&self, tier: Tier, bias_gradient: bool) -> Result<(), Reason> {
+    fn serve_backward(&self, problem: &Problem, tier: Tier, bias_gradient: bool) -> Result<(), Reason> {
         match (tier, self.device) {
             (Tier::Cpu, Device::Metal(_)) if self.settings.device == settings::Device::Simulator => {
                 Err(Reason::Simulated)
@@ -95,6 +95,7 @@ impl Planner<'_> {
             (Tier::Cpu, Device::Metal(_) | Device::Torch) => Err(Reason::NeedsCpu),
             (Tier::Cpu, Device::Cpu { .. }) if bias_gradient => Err(Reason::NoBiasGradient),
             (Tier::Torch, _) | (Tier::Cpu, Device::Cpu { .. }) => Ok(()),
+            (_, Device::Metal(_)) if problem.dropout.is_some() => Err(Reason::NoDropout),
             (_, Device::Metal(_)) => Err(Reason::NoBackward),
             (_, Device::Cpu { .. } | Device::Torch) => Err(Reason::NeedsMetal),
         }

@@ -76,6 +76,8 @@ pub enum Reason {
     NoBackward,
     /// The tier computes no gradient of an additive bias.
     NoBiasGradient,
+    /// Its kernels know no dropout.
+    NoDropout,
     /// A tier before it in the order serves the call.
     After(Tier),
     /// `MTLFLASHATTN_KERNEL` names another tier; this is its value.
@@ -131,6 +133,7 @@ impl fmt::Display for Reason {
             Self::NoCache => f.write_str("reads no keys in a cache"),
             Self::NoBackward => f.write_str("has no backward pass"),
             Self::NoBiasGradient => f.write_str("computes no gradient of a bias"),
+            Self::NoDropout => f.write_str("knows no dropout"),
             Self::After(tier) => write!(f, "{tier} comes before it and serves this call"),
             Self::NotForced(name) => write!(f, "MTLFLASHATTN_KERNEL is {name}"),
         }

@@ -27,6 +27,9 @@
 //! 5. *LSE.* Perturbed weights move it by at most `-ln(1 - sum p_j t_j)`, and by no more than the largest `ln(1 + t_j)`;
 //!    the sum adds `gamma`, the logarithm 2^-21, and the final products and additions `u` times their magnitudes.
 //!
+//! Dropout takes `z_j v_j` for the value of key `j`, and adds three roundings to the sum: of the factor, of its product with
+//! a weight or a sum, and one spare.
+//!
 //! Products of errors are covered by a factor of 1.01.
 //!
 //! # Metal kernels
@@ -147,6 +150,11 @@ impl Arithmetic {
     }
 }
 
+/// Roundings that dropout adds to a product or a sum.
+const fn dropout_roundings(problem: &Problem) -> usize {
+    if problem.dropout.is_some() { 3 } else { 0 }
+}
+
 fn rescalings(keys: usize) -> usize {
     keys.div_ceil(RESCALE_KEYS) + 2
 }
@@ -209,7 +217,7 @@ pub fn error_bounds_of(arithmetic: Arithmetic, problem: &Problem, inputs: &Refer
         bounds.lse[row.lse_index(problem)] = weights.lse_bound(softmax.lse);
         let out = row.out_range(problem);
         for (column, (bound, exact)) in bounds.out[out.clone()].iter_mut().zip(&exact[out]).enumerate() {
-            let value = |score: &Score| inputs.v[row.value_range(problem, score.key)][column];
+            let value = |score: &Score| score.kept * inputs.v[row.value_range(problem, score.key)][column];
             let values = scores.iter().map(value);
             *bound = round_to(problem.dtype, *exact, weights.out_bound(&softmax, values, *exact));
         }
@@ -256,7 +264,7 @@ impl Weights {
         let sink = if softmax.sink > 0.0 { relative(sink, 2.0 * UNIT * sink.abs()) } else { 0.0 };
         let mean = softmax.sink * sink + keys.iter().zip(&softmax.probabilities).map(|(t, p)| t * p).sum::<f64>();
         let largest = keys.iter().copied().fold(sink, f64::max);
-        let summation = gamma(scores.len() + rescalings(scores.len()) + 10);
+        let summation = gamma(scores.len() + rescalings(scores.len()) + 10 + dropout_roundings(problem));
         Self { arithmetic, keys, sink, mean, largest, summation, max }
     }
 

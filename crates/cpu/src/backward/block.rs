@@ -12,6 +12,7 @@ use mtlflashattn_core::Problem;
 use super::Backward;
 use super::schedule::Columns;
 use crate::call::Task;
+use crate::dropout::PanelDropout;
 use crate::element::{Element, narrow, widen};
 use crate::interrupt::Ticker;
 use crate::isa::{Simd, load_row};
@@ -407,14 +408,26 @@ impl Work<'_, '_> {
             d_scores,
         );
         let (lse, delta) = (self.at(scratch.lse + panel * S::PANEL), self.at(scratch.delta + panel * S::PANEL));
-        for n in (0..S::PANEL).step_by(S::LANES) {
-            let (lse, delta) = (S::load(lse.add(n)), S::load(delta.add(n)));
-            for key in tiles.clone() {
+        let panel_rows = Self::panel_rows::<S>(rows, panel);
+        if let Some(dropout) = PanelDropout::new::<S>(&self.backward.call, &self.part.task, &panel_rows) {
+            dropout.each::<S>(block.keys.start, tiles, |key, n, factor| {
+                let (lse, delta) = (S::load(lse.add(n)), S::load(delta.add(n)));
                 let at = key * S::PANEL + n;
                 let weight = math::exp2::<S>(S::sub(S::load(weights.add(at)), lse));
-                S::store(weights.add(at), weight);
-                let d_score = S::mul(weight, S::sub(S::load(d_scores.add(at)), delta));
-                S::store(d_scores.add(at), d_score);
+                S::store(weights.add(at), S::mul(factor, weight));
+                let difference = S::sub(S::mul(factor, S::load(d_scores.add(at))), delta);
+                S::store(d_scores.add(at), S::mul(weight, difference));
+            });
+        } else {
+            for n in (0..S::PANEL).step_by(S::LANES) {
+                let (lse, delta) = (S::load(lse.add(n)), S::load(delta.add(n)));
+                for key in tiles.clone() {
+                    let at = key * S::PANEL + n;
+                    let weight = math::exp2::<S>(S::sub(S::load(weights.add(at)), lse));
+                    S::store(weights.add(at), weight);
+                    let d_score = S::mul(weight, S::sub(S::load(d_scores.add(at)), delta));
+                    S::store(d_scores.add(at), d_score);
+                }
             }
         }
         if problem.softcap > 0.0 {

@@ -41,6 +41,7 @@ prop_compose! {
         softcap in prop_oneof![2 => Just(0.0), 1 => 0.5f64..30.0],
         alibi in prop_oneof![3 => Just(0u8), 1 => Just(1u8), 1 => Just(2u8)],
         bias in biases(),
+        dropout in prop_oneof![2 => Just(0.0), 1 => 0.01f64..0.9],
         order in prop_oneof![Just(Order::RowMajor), Just(Order::HeadMajor), Just(Order::Sliced)],
         spread in prop_oneof![Just(1.0), 0.1f64..8.0],
         seed: u64,
@@ -49,7 +50,7 @@ prop_compose! {
         let top_left = top_left && !packed;
         Case {
             dtype, lengths, packed, slack, key_heads, group, head_dim, value_dim, causal, window, top_left, softcap,
-            alibi, bias, sinks, order, spread, seed,
+            alibi, bias, sinks, dropout, order, spread, seed,
         }
     }
 }

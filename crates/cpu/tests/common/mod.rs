@@ -8,7 +8,9 @@ pub mod cases;
 use half::{bf16, f16};
 use mtlflashattn_core::reference::bounds::{error_bounds, gradient_bounds};
 use mtlflashattn_core::reference::{ReferenceInputs, backward as reference_gradients, forward as reference};
-use mtlflashattn_core::{Alignment, BiasKind, CpuBackwardTile, CpuTile, Dtype, Options, Problem, Strides, TensorMeta};
+use mtlflashattn_core::{
+    Alignment, BiasKind, CpuBackwardTile, CpuTile, Dropout, Dtype, Options, Problem, Strides, TensorMeta,
+};
 use mtlflashattn_cpu::{Error, Gradient, InputGradients, Inputs, Isa, OutputGradients, Outputs, backward, forward};
 
 /// A small generator, so that a seed is all a failing case needs (`SplitMix64`).
@@ -79,6 +81,8 @@ pub struct Case {
     pub alibi: u8,
     pub bias: BiasCase,
     pub sinks: bool,
+    /// Probability of dropout; with a softcap it is left out.
+    pub dropout: f64,
     pub order: Order,
     /// Spread of q: large values make the softmax peaked.
     pub spread: f64,
@@ -103,6 +107,7 @@ impl Default for Case {
             alibi: 0,
             bias: BiasCase::None,
             sinks: false,
+            dropout: 0.0,
             order: Order::RowMajor,
             spread: 1.0,
             seed: 1,
@@ -260,6 +265,7 @@ impl Run {
             alibi_slopes: (case.alibi > 0).then_some((&slope_shape, &slope_strides)),
             bias: kind.map(|kind| (kind, bias_shape.as_slice(), bias_strides.as_slice())),
             sinks: case.sinks.then_some((&sink_shape, &[1])),
+            dropout: if case.softcap > 0.0 { None } else { Dropout::new(case.dropout, case.seed, !case.seed).unwrap() },
         };
         let (qm, km, vm) = (q.meta(case.dtype), k.meta(case.dtype), v.meta(case.dtype));
         let max = |pick: fn(&(usize, usize)) -> usize| case.lengths.iter().map(pick).max().unwrap_or(0) as i64;

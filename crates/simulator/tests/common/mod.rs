@@ -255,6 +255,7 @@ impl Run {
             alibi_slopes: (case.alibi > 0).then_some((slope_shape, slope_strides)),
             bias: case.bias.map(|kind| (kind, bias_shape.as_slice(), bias_strides.as_slice())),
             sinks: case.sinks.then_some((&sink_shape, &[1])),
+            dropout: None,
         };
         let (qm, km, vm) = (q.meta(case.dtype), k.meta(case.dtype), v.meta(case.dtype));
         let max =

@@ -18,10 +18,12 @@
 //! 4. *Softcap.* The slope is off by twice the error of the `tanh`, which is that of its argument and 2^-21.
 //! 5. *Sums.* `dQ`, `dK`, `dV` and the gradient of a sink are sums of `n` such products: the sum of their errors, and
 //!    `gamma(n + 16)` times the sum of their magnitudes. Rounding to the type comes last.
+//! 6. *Dropout* multiplies the weight in `dV`, and `dO . v`, by the same number, with three roundings.
 
 use super::super::{Gradients, Row, Score, Softmax, add_scaled, backward, dot, rows};
 use super::{
-    Arithmetic, ELEMENTARY, FLUSH, SECOND_ORDER, UNIT, Weights, error_bounds_of, gamma, round_to, score_bound,
+    Arithmetic, ELEMENTARY, FLUSH, SECOND_ORDER, UNIT, Weights, dropout_roundings, error_bounds_of, gamma, round_to,
+    score_bound,
 };
 use crate::reference::{ReferenceInputs, forward};
 use crate::{Dtype, Problem};
@@ -125,12 +127,13 @@ impl RowErrors<'_> {
         let t = self.weight_error(score.value, score_bound(Arithmetic::FLOAT32, problem, inputs, row, score));
         let v = &inputs.v[row.value_range(problem, score.key)];
         let (d_out, d_out_size) = (self.d_out, absolute(self.d_out));
-        let value_error = probability * (t + sums.1 * (1.0 + t)) + FLUSH;
+        let dropout = dropout_roundings(problem);
+        let value_error = score.kept * (probability * (t + (sums.1 + gamma(dropout)) * (1.0 + t)) + FLUSH);
         add_scaled(&mut bounds.v[row.value_range(problem, score.key)], value_error, &d_out_size);
 
-        let difference = dot(d_out, v) - self.delta;
-        let size: f64 = d_out.iter().zip(v).map(|(d, v)| (d * v).abs()).sum();
-        let off = gamma(problem.value_dim + 2) * size + self.delta_bound + 2.0 * UNIT * difference.abs();
+        let difference = score.kept * dot(d_out, v) - self.delta;
+        let size = score.kept * d_out.iter().zip(v).map(|(d, v)| (d * v).abs()).sum::<f64>();
+        let off = gamma(problem.value_dim + 2 + dropout) * size + self.delta_bound + 2.0 * UNIT * difference.abs();
         let d_score = probability * difference;
         let error = probability * (t * difference.abs() + (1.0 + t) * off) + 4.0 * UNIT * d_score.abs();
         let error = error + FLUSH * (difference.abs() + off);

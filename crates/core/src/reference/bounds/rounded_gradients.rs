@@ -22,9 +22,11 @@
 //! 5. *Sums.* `dv = sum p d_out`, `dq = scale sum ds k`, `dk = scale sum ds q`: the errors of the weights times the
 //!    magnitudes of the others, and `gamma(n + 4)` times the sum of the magnitudes of the terms.
 //! 6. *Rounding* to the output type, as in the parent module.
+//! 7. *Dropout* multiplies `d_out . v` in float32, and a rounded weight or what was summed of it, with three roundings.
 
 use super::{
-    Arithmetic, Bounds, ELEMENTARY, FLUSH, SECOND_ORDER, UNIT, gamma, round_to, score_bound, smallest_error, worst,
+    Arithmetic, Bounds, ELEMENTARY, FLUSH, SECOND_ORDER, UNIT, dropout_roundings, gamma, round_to, score_bound,
+    smallest_error, worst,
 };
 use crate::reference::{Forward, Gradients, ReferenceInputs, Row, Score, Softmax, backward, dot, forward, rows};
 use crate::{Dtype, Problem};
@@ -194,13 +196,16 @@ impl RowErrors {
         let slope = slope(arithmetic, problem, inputs, row, score);
         let factor = product(weight, slope);
         let value = &inputs.v[row.value_range(problem, score.key)];
-        let magnitude: f64 = d_out.iter().zip(value).map(|(d_out, value)| (d_out * value).abs()).sum();
-        let d_weight = dot(d_out, value);
-        let dot_error = (gamma(problem.value_dim + 2) + arithmetic.product_error()) * magnitude;
+        let magnitude = score.kept * d_out.iter().zip(value).map(|(d_out, value)| (d_out * value).abs()).sum::<f64>();
+        let d_weight = score.kept * dot(d_out, value);
+        let dropout = dropout_roundings(problem);
+        let dot_error = (gamma(problem.value_dim + 2 + dropout) + arithmetic.product_error()) * magnitude;
         let difference = d_weight - self.delta.value;
         let error = dot_error + self.delta.error + 2.0 * UNIT * difference.abs();
         let d_score = product(factor, Approximate { value: difference, error });
-        (weight.rounded(arithmetic), d_score.rounded(arithmetic))
+        let rounded = weight.rounded(arithmetic);
+        let error = score.kept * (rounded.error + gamma(dropout) * (rounded.value.abs() + rounded.error));
+        (Approximate { value: score.kept * rounded.value, error }, d_score.rounded(arithmetic))
     }
 }
 

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use super::case::{Case, Random, Spec, round, specs};
 use crate::reference::bounds::{self, Bounds, error_bounds, error_bounds_of};
 use crate::reference::{Forward, forward};
-use crate::{Alignment, Dtype, Lengths};
+use crate::{Alignment, Dropout, Dtype, Lengths};
 
 /// How a tier may do its float32 arithmetic.
 #[derive(Clone, Copy, Debug)]
@@ -153,6 +153,12 @@ impl Row<'_> {
             let weight = elementary.exp2(score - max);
             state.sum += weight;
             let weight = if metal { round(problem.dtype, f64::from(weight)) as f32 } else { weight };
+            let head = self.batch * problem.query_heads + self.head;
+            let weight = match problem.dropout {
+                Some(dropout) if dropout.keeps(head, self.query, key) => weight * dropout.factor(),
+                Some(_) => 0.0,
+                None => weight,
+            };
             let value = ((self.key_start + key) * problem.key_heads + self.head / problem.group()) * problem.value_dim;
             for (column, out) in state.out.iter_mut().enumerate() {
                 *out = weight.mul_add(self.case.v[value + column] as f32, *out);
@@ -302,6 +308,28 @@ fn planted_bugs_are_far_outside() {
             let wrong = forward(&wrong.problem, &wrong.inputs());
             let (out, lse) = bounds.worst(&right, &wrong);
             assert!(out >= factor && lse >= factor, "{dtype}: {name}: {out:.1} and {lse:.1} times the bound");
+        }
+    }
+}
+
+/// Dropout leaves the LSE as it is, so that only outputs show what is wrong with it.
+#[test]
+fn wrong_dropout_is_far_outside() {
+    for (dtype, factor) in [(Dtype::F32, 20.0), (Dtype::F16, 20.0), (Dtype::Bf16, 5.0)] {
+        let case = Case::new(&Spec { dtype, group: 2, dropout: 0.2, ..Spec::plain(64, 256, 64) });
+        let right = forward(&case.problem, &case.inputs());
+        let bounds = error_bounds(&case.problem, &case.inputs());
+        let dropout = case.problem.dropout.unwrap();
+        for (name, wrong) in [
+            ("none", None),
+            ("another offset", Dropout::new(0.2, dropout.seed, dropout.offset + 1).unwrap()),
+            ("another seed", Dropout::new(0.2, dropout.seed ^ (1 << 63), dropout.offset).unwrap()),
+            ("another probability", Dropout::new(0.21, dropout.seed, dropout.offset).unwrap()),
+        ] {
+            let mut case = case.clone();
+            case.problem.dropout = wrong;
+            let (out, _) = bounds.worst(&right, &forward(&case.problem, &case.inputs()));
+            assert!(out >= factor, "{dtype}: {name}: {out:.1} times the bound");
         }
     }
 }

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use crate::reference::ReferenceInputs;
-use crate::{Alignment, BiasKind, Dtype, Options, Problem, TensorMeta};
+use crate::{Alignment, BiasKind, Dropout, Dtype, Options, Problem, TensorMeta};
 
 /// What a random problem has. Sequences are packed when `sequences` says so.
 #[derive(Clone, Debug)]
@@ -22,6 +22,8 @@ pub(super) struct Spec {
     pub(super) alibi: bool,
     pub(super) bias: bool,
     pub(super) sinks: bool,
+    /// Probability of dropout; with a softcap it is left out.
+    pub(super) dropout: f64,
     /// Standard deviation of q and k; 0 makes all tensors constant.
     pub(super) spread: f64,
     pub(super) seed: u64,
@@ -58,6 +60,7 @@ impl Spec {
             alibi: false,
             bias: false,
             sinks: false,
+            dropout: 0.0,
             spread: 1.0,
             seed: 1,
         }
@@ -77,31 +80,35 @@ pub(super) fn specs(max_len: usize, max_dim: usize) -> impl Strategy<Value = Spe
     let edge = -2..max_len as i64;
     let mask = (any::<bool>(), edge.clone(), edge, any::<bool>());
     let extras = (prop_oneof![Just(0.0), 0.5..30.0f64], any::<[bool; 3]>());
-    let data = (prop_oneof![Just(0.0), Just(0.01), Just(1.0), Just(4.0)], any::<u64>());
-    (sequences, dtype, dims, mask, extras, data).prop_map(|(sequences, dtype, dims, mask, extras, (spread, seed))| {
-        let (head_dim, value_dim, key_heads, group) = dims;
-        let (causal, left, right, top_left) = mask;
-        let (softcap, [alibi, bias, sinks]) = extras;
-        let alignment = if top_left { Alignment::TopLeft } else { Alignment::BottomRight };
-        let bias = bias && matches!(sequences, Sequences::Dense { .. });
-        Spec {
-            dtype,
-            sequences,
-            key_heads,
-            group,
-            head_dim,
-            value_dim,
-            causal,
-            window: (left, right),
-            alignment,
-            softcap,
-            alibi,
-            bias,
-            sinks,
-            spread,
-            seed,
-        }
-    })
+    let dropout = prop_oneof![2 => Just(0.0), 1 => 0.01..0.9f64];
+    let data = (prop_oneof![Just(0.0), Just(0.01), Just(1.0), Just(4.0)], dropout, any::<u64>());
+    (sequences, dtype, dims, mask, extras, data).prop_map(
+        |(sequences, dtype, dims, mask, extras, (spread, dropout, seed))| {
+            let (head_dim, value_dim, key_heads, group) = dims;
+            let (causal, left, right, top_left) = mask;
+            let (softcap, [alibi, bias, sinks]) = extras;
+            let alignment = if top_left { Alignment::TopLeft } else { Alignment::BottomRight };
+            let bias = bias && matches!(sequences, Sequences::Dense { .. });
+            Spec {
+                dtype,
+                sequences,
+                key_heads,
+                group,
+                head_dim,
+                value_dim,
+                causal,
+                window: (left, right),
+                alignment,
+                softcap,
+                alibi,
+                bias,
+                sinks,
+                dropout,
+                spread,
+                seed,
+            }
+        },
+    )
 }
 
 /// A problem and its inputs, rounded to the dtype of the problem.
@@ -199,6 +206,7 @@ fn problem(spec: &Spec) -> Problem {
         softcap: spec.softcap,
         alibi_slopes: spec.alibi.then_some((&slopes, &[1])),
         sinks: spec.sinks.then_some((&slopes, &[1])),
+        dropout: if spec.softcap > 0.0 { None } else { Dropout::new(spec.dropout, spec.seed, 9).unwrap() },
         ..Options::default()
     };
     match spec.sequences {

@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::case::{Case, Sequences, Spec, specs};
 use crate::reference::{Forward, forward};
-use crate::{Alignment, Problem};
+use crate::{Alignment, Dropout, Problem};
 
 /// One query `[1]` against keys whose scores are their only element, with one-dimensional values.
 fn one_query(scores: &[f64], values: &[f64], edit: impl FnOnce(&mut Case)) -> (f64, f64) {
@@ -51,6 +51,15 @@ fn by_hand_softcap_squashes_before_alibi() {
 fn by_hand_the_scale_multiplies_the_product() {
     let result = one_query(&[0.0, 2.0 * 3f64.ln()], &[8.0, 4.0], |case| case.problem.scale = 0.5);
     assert_close(result, 5.0, 4f64.ln());
+}
+
+#[test]
+fn by_hand_dropout_keeps_half_of_the_keys_and_doubles_them() {
+    let dropout = Dropout::new(0.5, 1, 2).unwrap().unwrap();
+    let (scores, values) = (vec![0.0; 32], (0..32).map(f64::from).collect::<Vec<_>>());
+    let kept: f64 = (0..32).filter(|&key| dropout.keeps(0, 0, key)).map(|key| key as f64).sum();
+    let result = one_query(&scores, &values, |case| case.problem.dropout = Some(dropout));
+    assert_close(result, 2.0 * kept / 32.0, 32f64.ln());
 }
 
 #[test]
@@ -130,7 +139,10 @@ fn naive(case: &Case) -> Forward {
                 for c in 0..problem.value_dim {
                     result.out[(token * heads + head) * problem.value_dim + c] = (0..key_len)
                         .map(|j| {
-                            weights[j] / total
+                            let dropout = problem.dropout;
+                            let kept = dropout.is_none_or(|dropout| dropout.keeps(batch * heads + head, i, j));
+                            let factor = dropout.map_or(1.0, |dropout| 1.0 / (1.0 - dropout.probability()));
+                            f64::from(u8::from(kept)) * factor * weights[j] / total
                                 * case.v[((key_start + j) * key_heads + key_head) * problem.value_dim + c]
                         })
                         .sum();
