@@ -2,7 +2,7 @@
 
 use std::ptr;
 
-use mtlflashattn_core::{self as core, Device, Dtype, Planner, Problem, Strides, Tier};
+use mtlflashattn_core::{self as core, Dtype, Planner, Problem, Strides, Tier};
 use mtlflashattn_cpu::{self as cpu, Gradient, InputGradients, Inputs, OutputGradients, Outputs};
 use pyo3::exceptions::PyTypeError;
 use pyo3::intern;
@@ -12,7 +12,9 @@ use pyo3::types::{PyDict, PyTuple};
 
 use crate::call::{Described, Numbers, Slot, Tensors, describe, dtype_error};
 use crate::error::{Error, Result, guard};
-use crate::execute::{Offsets, SMALL_FLOPS, cpu_device, make_readable, read_plain, run_cpu, torch_rules, unreadable};
+use crate::execute::{
+    Offsets, SMALL_FLOPS, cpu_inputs, make_readable, planned_device, read_plain, run_cpu, torch_rules, unreadable,
+};
 use crate::form::Form;
 use crate::operator;
 use crate::tensor::{Element, Place, View};
@@ -204,11 +206,7 @@ fn execute(py: Python<'_>, torch: &Torch, call: &Call<'_>, described: &Described
     let settings = settings::current(py)?;
     let place = call.views.q().place;
     let offsets = Offsets::read(torch, call.form, &call.objects, &call.views, problem)?;
-    let device = match (settings.metal_device(place), place) {
-        (Some(metal), _) => Device::Metal(metal.gpu(py)?),
-        (None, Place::Cpu) => cpu_device(settings.isa()?, torch.num_threads(py)?),
-        (None, _) => Device::Torch,
-    };
+    let device = planned_device(py, torch, &settings, place)?;
     let planner = Planner::new(device, &settings.values);
     let plan = planner.plan_backward(problem, call.gradients[3].is_some());
     match (plan.tier, &plan.cpu) {
@@ -246,23 +244,12 @@ unsafe impl Sync for Pointers<'_> {}
 impl<'a> Pointers<'a> {
     fn new(call: &Call<'_>, described: &Described, offsets: &'a Offsets) -> Self {
         let dtype = described.problem.dtype;
-        let first = |slot| call.views.get(slot).map_or(ptr::null(), |view| view.data.cast_const());
-        let inputs = Inputs {
-            q: described.q.data,
-            k: described.k.data,
-            v: described.v.data,
-            query_offsets: &offsets.query,
-            key_offsets: &offsets.key,
-            alibi_slopes: first(Slot::AlibiSlopes).cast(),
-            bias: first(Slot::Bias),
-            sinks: first(Slot::Sinks).cast(),
-        };
         let gradient = |index: usize| match &call.gradients[index] {
             Some(Operand { view, .. }) => Gradient { data: view.data, strides: Strides::of(&view.meta(dtype)) },
             None => Gradient { data: ptr::null_mut(), strides: Strides::default() },
         };
         Self {
-            inputs,
+            inputs: cpu_inputs(described, &call.views, offsets),
             outputs: Outputs {
                 out: call.out.view.data,
                 out_strides: Strides::of(&call.out.view.meta(dtype)),

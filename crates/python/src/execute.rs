@@ -84,6 +84,15 @@ pub fn cpu_device(isa: Isa, threads: usize) -> Device {
     Device::Cpu { panel_rows: isa.panel_rows(), decode_rows: isa.decode_rows(), threads }
 }
 
+/// What the planner has to know about the device that holds tensors of `place`.
+pub fn planned_device(py: Python<'_>, torch: &Torch, settings: &Resolved, place: Place) -> Result<Device> {
+    Ok(match (settings.metal_device(place), place) {
+        (Some(metal), _) => Device::Metal(metal.gpu(py)?),
+        (None, Place::Cpu) => cpu_device(settings.isa()?, torch.num_threads(py)?),
+        (None, _) => Device::Torch,
+    })
+}
+
 /// Computes attention of `objects`, whose gradients are nobody's concern any more.
 pub fn execute<'py>(
     py: Python<'py>,
@@ -344,20 +353,25 @@ unsafe impl Sync for Pointers<'_> {}
 
 impl<'a> Pointers<'a> {
     fn new(described: &Described, views: &Tensors<View>, offsets: &'a Offsets, results: &Results<'_>) -> Self {
-        let first = |slot| views.get(slot).map_or(ptr::null(), |view| view.data.cast_const());
-        let inputs = Inputs {
-            q: described.q.data,
-            k: described.k.data,
-            v: described.v.data,
-            query_offsets: &offsets.query,
-            key_offsets: &offsets.key,
-            alibi_slopes: first(Slot::AlibiSlopes).cast(),
-            bias: first(Slot::Bias),
-            sinks: first(Slot::Sinks).cast(),
-        };
+        let inputs = cpu_inputs(described, views, offsets);
         let out_strides = Strides::of(&results.out_view.meta(described.problem.dtype));
         let lse = results.lse.as_ref().map_or(ptr::null_mut(), |(_, view)| view.data.cast());
         Self { inputs, outputs: Outputs { out: results.out_view.data, out_strides, lse } }
+    }
+}
+
+/// The inputs of a call where the engine reads them.
+pub fn cpu_inputs<'a>(described: &Described, views: &Tensors<View>, offsets: &'a Offsets) -> Inputs<'a> {
+    let first = |slot| views.get(slot).map_or(ptr::null(), |view| view.data.cast_const());
+    Inputs {
+        q: described.q.data,
+        k: described.k.data,
+        v: described.v.data,
+        query_offsets: &offsets.query,
+        key_offsets: &offsets.key,
+        alibi_slopes: first(Slot::AlibiSlopes).cast(),
+        bias: first(Slot::Bias),
+        sinks: first(Slot::Sinks).cast(),
     }
 }
 

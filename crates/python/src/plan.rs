@@ -1,13 +1,13 @@
 //! `plan()`: which tier would serve a call, and why not the others.
 
 use mtlflashattn_core::plan::{Reason, TileChoice, TunedTiles};
-use mtlflashattn_core::{self as core, Demotions, Device, Planner, Tier};
+use mtlflashattn_core::{self as core, Demotions, Planner, Tier};
 use pyo3::intern;
 use pyo3::prelude::*;
 
 use crate::call::{Numbers, Slot, Tensors, describe};
 use crate::error::{Error, guard};
-use crate::execute::cpu_device;
+use crate::execute::planned_device;
 use crate::form::Form;
 use crate::tensor::{Place, View};
 use crate::torch::Torch;
@@ -99,11 +99,7 @@ pub fn plan<'py>(
         let settings = settings::current(py)?;
         let isa = settings.isa()?;
         let metal = settings.metal_device(place);
-        let device = match (metal, place) {
-            (Some(metal), _) => Device::Metal(metal.gpu(py)?),
-            (None, Place::Cpu) => cpu_device(isa, torch.num_threads(py)?),
-            (None, _) => Device::Torch,
-        };
+        let device = planned_device(py, torch, &settings, place)?;
         if backward {
             let bias_gradient = match tensors.get(Slot::Bias) {
                 Some(bias) => bias.getattr(intern!(py, "requires_grad"))?.is_truthy()?,
