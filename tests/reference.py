@@ -51,6 +51,17 @@ class Arithmetic:
         distance = below / math.log(2)
         return FLOAT32 * (6 * (2 + distance / 8) + 5 * (distance + 16))
 
+    def single_weight_error(self, exponent: Tensor) -> Tensor | float:
+        """Relative error of a weight that is one exponential of this number."""
+        return FLOAT32 * (6 + 4 * exponent.abs() / math.log(2)) if self.is_metal else 2 * ELEMENTARY
+
+    def rounded(self, value: Tensor, error: Tensor) -> Tensor:
+        """The `error` of a weight that was rounded for a product."""
+        if self.weights == torch.float32:
+            return error
+        lost = 0.5 * TINY[self.weights]
+        return error + UNIT[self.weights] * (value.abs() + error) + lost * (value != 0)
+
 
 @dataclass
 class Rules:
@@ -238,6 +249,7 @@ def gradients(
     d_lse: Tensor | None,
     rules: Rules,
     arithmetic: Arithmetic = Arithmetic(),
+    own: Arithmetic | None = None,
 ) -> Gradients:
     """Gradients of `sum(out * d_out) + sum(lse * d_lse)`; shapes as in `attention`.
 
@@ -248,13 +260,16 @@ def gradients(
     `attention` (with `arithmetic`) bounds them, and computes the rest in float32. The error of the
     score and of lse make a relative error of p. Those of out, weighted with `|d_out|`, and of the
     two dot products make the error of `d_out . v - delta`. Sums over n rows or keys add gamma(n).
+    Metal kernels round p and ds to the type of q for the products that sum them: `own` says so,
+    where the backward pass is another tier's than the forward pass.
     """
+    own = arithmetic if own is None else own
     forward = attention(q, k, v, rules, arithmetic)
     dtype, key_heads = q.dtype, k.shape[2]
     heads, head_dim = q.shape[2], q.shape[3]
     q, k, v, d_out = (t.double().transpose(1, 2) for t in (q, k, v, d_out))
     k, v = (t.repeat_interleave(heads // key_heads, dim=1) for t in (k, v))
-    step = _ScoreGradients(q, k, v, d_out, d_lse, rules, forward)
+    step = _ScoreGradients(q, k, v, d_out, d_lse, rules, forward, own)
     exact, bounds = {}, {}
 
     def put(name: str, value: Tensor, bound: Tensor, kind: torch.dtype) -> None:
@@ -280,6 +295,7 @@ def gradients(
         slope_error = 2 * (ELEMENTARY + product_error / rules.softcap) + 8 * FLOAT32
     error = error * (slope + slope_error) + d_scores.abs() * slope_error
     d_scores = d_scores * slope
+    error = own.rounded(d_scores, error)
     error = abs(scale) * (error + 2 * FLOAT32 * d_scores.abs())
     d_scores = scale * d_scores
     sizes = d_scores.abs() + error
@@ -296,7 +312,7 @@ def gradients(
     put("k", per_key(d_scores.transpose(-1, -2) @ q), per_key(d_k_error), dtype)
     weights, weight_error = step.weights, step.weight_error
     v_error = weights * (weight_error + _gamma(rows + 4) * (1 + weight_error)) + 2.0**-120
-    d_v_error = v_error.transpose(-1, -2) @ d_out.abs()
+    d_v_error = own.rounded(weights, v_error).transpose(-1, -2) @ d_out.abs()
     put("v", per_key(weights.transpose(-1, -2) @ d_out), per_key(d_v_error), dtype)
     return Gradients(exact, bounds)
 
@@ -313,7 +329,9 @@ class _ScoreGradients:
         d_lse: Tensor | None,
         rules: Rules,
         forward: Reference,
+        arithmetic: Arithmetic,
     ) -> None:
+        self.arithmetic = arithmetic
         out, out_bound = forward.out.transpose(1, 2), forward.out_bound.transpose(1, 2)
         self.lse, self.lse_bound = forward.lse[..., None], forward.lse_bound[..., None]
         d_lse = torch.zeros_like(self.lse) if d_lse is None else d_lse.double()[..., None]
@@ -337,8 +355,10 @@ class _ScoreGradients:
     def _weight(self, logit: Tensor, error: Tensor | float) -> tuple[Tensor, Tensor]:
         """A probability and its relative error."""
         sizes = logit.abs().clamp_max(1e30) + self.lse.abs().clamp_max(1e30) + 1
-        relative = torch.expm1(error + self.lse_bound + 4 * FLOAT32 * sizes + 2 * ELEMENTARY)
         visible = (logit > -torch.inf) & (self.lse < torch.inf)
+        exponent = torch.where(visible, logit - self.lse, 0.0)
+        error = error + self.arithmetic.single_weight_error(exponent)
+        relative = torch.expm1(error + self.lse_bound + 4 * FLOAT32 * sizes)
         return torch.exp(logit - self.lse), torch.where(visible, relative, 0.0)
 
     def sinks(self, sinks: Tensor) -> tuple[Tensor, Tensor]:
@@ -361,6 +381,7 @@ def packed_gradients(
     cu_k: list[int],
     rules: Rules,
     arithmetic: Arithmetic = Arithmetic(),
+    own: Arithmetic | None = None,
 ) -> Gradients:
     """The same for ragged sequences; see `packed_attention`. Rows of none have gradients of 0."""
     names = {"q": q, "k": k, "v": v}
@@ -371,15 +392,16 @@ def packed_gradients(
     slopes = rules.alibi_slopes
     for index in range(len(cu_q) - 1):
         rows, keys = slice(cu_q[index], cu_q[index + 1]), slice(cu_k[index], cu_k[index + 1])
-        own = slopes[index] if slopes is not None and slopes.dim() == 2 else slopes
+        slope = slopes[index] if slopes is not None and slopes.dim() == 2 else slopes
         part = gradients(
             q[None, rows],
             k[None, keys],
             v[None, keys],
             d_out[None, rows],
             None if d_lse is None else d_lse[None, :, rows],
-            Rules(**{**vars(rules), "alibi_slopes": own}),
+            Rules(**{**vars(rules), "alibi_slopes": slope}),
             arithmetic,
+            own,
         )
         for name, where in (("q", rows), ("k", keys), ("v", keys)):
             exact[name][where] = part.exact[name][0]

@@ -56,7 +56,7 @@ def test_dense_gradients_are_exact(way: Way, data: st.DataObject) -> None:
     d_out = strided(draw, way.put(torch.randn(*q.shape).to(dtype)))
     d_lse = draw(st.sampled_from([None, way.put(torch.randn(batch, q.shape[2], query_len))]))
     here: Any = [None if t is None else t.cpu() for t in (q, k, v, d_out, d_lse)]
-    exact = gradients(*here, rules, way.arithmetic(dtype))
+    exact = gradients(*here, rules, way.arithmetic(dtype), way.backward_arithmetic(dtype))
     leaves = wants_gradients(q, k, v)
     with way.serves(draw(st.integers(1, 200))):
         options = keywords(way, rules)
@@ -89,7 +89,9 @@ def test_packed_gradients_are_exact(way: Way, data: st.DataObject) -> None:
     rules = draw(all_rules(batch, q.shape[1]))
     d_out = way.put(torch.randn(*q.shape).to(dtype))
     tensors: Any = [t.cpu() for t in (q, k, v, d_out)]
-    exact = packed_gradients(*tensors, None, cu_q, cu_k, rules, way.arithmetic(dtype))
+    exact = packed_gradients(
+        *tensors, None, cu_q, cu_k, rules, way.arithmetic(dtype), way.backward_arithmetic(dtype)
+    )
     where: Any = [way.put(torch.tensor(cu, dtype=torch.int32)) for cu in (cu_q, cu_k)]
     leaves = wants_gradients(q, k, v)
     with way.serves(draw(st.integers(1, 200))):
@@ -126,7 +128,7 @@ def test_extensions_have_exact_gradients(way: Way, data: st.DataObject) -> None:
     )
     d_out = way.put(torch.randn(batch, query_len, heads, value_dim).to(dtype))
     here: Any = [t.cpu() for t in (q, k, v, d_out)]
-    exact = gradients(*here, None, rules, way.arithmetic(dtype))
+    exact = gradients(*here, None, rules, way.arithmetic(dtype), way.backward_arithmetic(dtype))
     used = {"bias": rules.bias, "sinks": rules.sinks}
     extras = {name: way.put(t) for name, t in used.items() if t is not None}
     tensors = {"q": q, "k": k, "v": v, **extras}
@@ -413,9 +415,9 @@ def test_plan_and_trace_tell_the_tier_of_gradients(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("MTLFLASHATTN_KERNEL", "simdgroup")
     monkeypatch.setenv("MTLFLASHATTN_DEVICE", "simulator")
     chosen = plan(*leaves, backward=True)
-    assert chosen.tier == "torch"
-    assert dict(chosen.reasons)["simdgroup"] == "has no backward pass"
-    assert backward_tiers(run) == {"torch"}
+    assert chosen.tier == "simdgroup"
+    assert dict(chosen.reasons)["scalar"] == "has no backward pass"
+    assert backward_tiers(run) == {"simdgroup"}
 
 
 def test_empty_problems_have_gradients() -> None:

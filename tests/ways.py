@@ -72,7 +72,13 @@ class Way:
     @property
     def backward_tier(self) -> str:
         """The tier of the gradients of q, k and v."""
-        return "cpu" if self.tier == "cpu" else "torch"
+        if self.tier == "cpu":
+            return "cpu"
+        return "simdgroup" if self.is_metal else "torch"
+
+    def backward_arithmetic(self, dtype: torch.dtype) -> Arithmetic:
+        """How that tier computes in `dtype`."""
+        return Arithmetic(self.is_metal, dtype if self.is_metal else torch.float32)
 
     @contextlib.contextmanager
     def backward(self) -> Iterator[Trace]:
@@ -108,9 +114,9 @@ def _parameter(way: Way) -> Any:
 
 ways = pytest.mark.parametrize("way", [_parameter(way) for way in WAYS])
 gradient_ways = pytest.mark.parametrize(
-    "way", [_parameter(way) for way in WAYS if not way.is_simulated]
+    "way", [_parameter(way) for way in WAYS if not way.is_simulated or way.tier == "simdgroup"]
 )
-"""No Metal kernel computes gradients, so that simulating one shows nothing about them."""
+"""The gradients of the other simulated ways are those of the simdgroup or of the torch tier."""
 
 Example = Callable[[Way, st.DataObject], None]
 
@@ -118,7 +124,10 @@ SIMULATED_EXAMPLES = int(os.environ.get("SIMULATED_EXAMPLES", "6"))
 
 
 def random_problems(
-    test: Example, which: pytest.MarkDecorator = ways, examples: int | None = None
+    test: Example,
+    which: pytest.MarkDecorator = ways,
+    examples: int | None = None,
+    simulated: int = SIMULATED_EXAMPLES,
 ) -> Callable[[Way], None]:
     """Runs `test` on random problems, each way; fewer where a problem takes long."""
 
@@ -132,7 +141,7 @@ def random_problems(
         example.__name__ = f"{test.__name__}[{way}]"
         if way.is_simulated:
             # Always the same ones: their kernels are compiled once and kept.
-            few = hypothesis.settings(max_examples=SIMULATED_EXAMPLES, derandomize=True)
+            few = hypothesis.settings(max_examples=simulated, derandomize=True)
             few(example)()
         elif examples is not None:
             hypothesis.settings(max_examples=examples)(example)()
@@ -145,4 +154,5 @@ def random_problems(
 
 def random_gradients(test: Example) -> Callable[[Way], None]:
     """Runs `test` on random problems, each way that may compute gradients."""
-    return random_problems(test, gradient_ways, examples=20)
+    # Each has four kernels.
+    return random_problems(test, gradient_ways, examples=20, simulated=SIMULATED_EXAMPLES // 2)

@@ -228,13 +228,10 @@ def backward(
     out, lse = results
     d_out, d_lse = result_gradients
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        # Heads before rows in `[B, H, Lq]` and `[H, Tq]` alike.
-        delta = (out.float() * d_out.float()).sum(-1).transpose(-1, -2)
-        delta = delta if d_lse is None else delta - d_lse
-        lse = lse.masked_fill(lse == -math.inf, math.inf)
         if to.sinks is not None and parsed.sinks is not None:
-            weighted = torch.exp(parsed.sinks[:, None] - lse) * delta
-            to.sinks.copy_(-weighted.sum([0, 2] if weighted.dim() == 3 else 1))
+            differentiate_sinks(to.sinks, parsed.sinks, out, lse, d_out, d_lse)
+        delta = _delta(out, d_out, d_lse)
+        lse = lse.masked_fill(lse == -math.inf, math.inf)
         if offsets is None:
             _differentiate(q, k, v, alibi_slopes, bias, lse, delta, d_out, to, parsed)
             return
@@ -263,6 +260,22 @@ def backward(
                 ),
                 parsed,
             )
+
+
+def differentiate_sinks(
+    to: Tensor, sinks: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
+) -> None:
+    """Writes the gradient of the sinks `[H]`; the arguments are those of `backward`."""
+    with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
+        lse = lse.masked_fill(lse == -math.inf, math.inf)
+        weighted = torch.exp(sinks[:, None] - lse) * _delta(out, d_out, d_lse)
+        to.copy_(-weighted.sum([0, 2] if weighted.dim() == 3 else 1))
+
+
+def _delta(out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
+    """`sum(out * d_out) - d_lse`, with heads before rows in `[B, H, Lq]` and `[H, Tq]` alike."""
+    delta = (out.float() * d_out.float()).sum(-1).transpose(-1, -2)
+    return delta if d_lse is None else delta - d_lse
 
 
 def _differentiate(

@@ -16,6 +16,7 @@
 //!
 //! Every kernel takes the whole list, in which q stands in for absent tensors. Sinks are in the LSE.
 
+use std::convert::Infallible;
 use std::fmt::Write as _;
 
 use mtlflashattn_core::plan::{BackwardPass, BackwardTile, QueryHome};
@@ -124,6 +125,15 @@ impl BackwardKernel {
         text
     }
 
+    /// Rows of a threadgroup: queries, or keys where it sums over queries.
+    #[must_use]
+    pub const fn rows(&self) -> usize {
+        match self.pass {
+            BackwardPass::Delta => 8 * self.tile.simdgroups,
+            _ => self.tile.rows(),
+        }
+    }
+
     /// The arithmetic that bounds the errors of the kernel.
     #[must_use]
     pub const fn arithmetic(&self) -> Arithmetic {
@@ -157,6 +167,16 @@ pub struct BackwardOutputs {
     pub d_key: Strides,
     /// The gradient of v.
     pub d_value: Strides,
+}
+
+impl BackwardOutputs {
+    /// The strides of `tensors`; zeros for absent ones, which nobody writes.
+    #[must_use]
+    pub fn of(tensors: &BackwardTensors<Strides>) -> Self {
+        let BackwardTensors { out, d_out, d_query, d_key, d_value, .. } = *tensors;
+        let [d_query, d_key, d_value] = [d_query, d_key, d_value].map(Option::unwrap_or_default);
+        Self { out, d_out, d_query, d_key, d_value }
+    }
 }
 
 /// The tensors of the backward pass as their device binds them.
@@ -221,6 +241,56 @@ impl<T: Clone> BackwardTensors<T> {
     }
 }
 
+impl<T> BackwardTensors<T> {
+    /// What the kernel of `pass` writes, in the order of the arguments.
+    #[must_use]
+    pub fn written(&self, pass: BackwardPass) -> Vec<&T> {
+        let (query, key, value) = (self.d_query.as_ref(), self.d_key.as_ref(), self.d_value.as_ref());
+        let tensors = match pass {
+            BackwardPass::Delta => [Some(&self.states), None],
+            BackwardPass::Query => [query, None],
+            BackwardPass::KeysAndValues => [key, value],
+            BackwardPass::Keys => [key, None],
+            BackwardPass::Values => [value, None],
+        };
+        tensors.into_iter().flatten().collect()
+    }
+
+    /// The same tensors in another form.
+    pub fn map<'a, U>(&'a self, mut each: impl FnMut(&'a T) -> U) -> BackwardTensors<U> {
+        let Ok(mapped) = self.try_map(|tensor| Ok::<U, Infallible>(each(tensor)));
+        mapped
+    }
+
+    /// The same tensors in another form.
+    ///
+    /// # Errors
+    /// The first error of `each`.
+    pub fn try_map<'a, U, E>(&'a self, mut each: impl FnMut(&'a T) -> Result<U, E>) -> Result<BackwardTensors<U>, E> {
+        let Self { q, k, v, out, lse, offsets, alibi_slopes, bias, d_out, d_lse, states, d_query, d_key, d_value } =
+            self;
+        Ok(BackwardTensors {
+            q: each(q)?,
+            k: each(k)?,
+            v: each(v)?,
+            out: each(out)?,
+            lse: each(lse)?,
+            offsets: match offsets {
+                Some((query, key)) => Some((each(query)?, each(key)?)),
+                None => None,
+            },
+            alibi_slopes: alibi_slopes.as_ref().map(&mut each).transpose()?,
+            bias: bias.as_ref().map(&mut each).transpose()?,
+            d_out: each(d_out)?,
+            d_lse: d_lse.as_ref().map(&mut each).transpose()?,
+            states: each(states)?,
+            d_query: d_query.as_ref().map(&mut each).transpose()?,
+            d_key: d_key.as_ref().map(&mut each).transpose()?,
+            d_value: d_value.as_ref().map(&mut each).transpose()?,
+        })
+    }
+}
+
 const BACKWARD_SIZE_COUNT: usize = SIZE_COUNT + 4 * 3;
 const BACKWARD_FACTOR_COUNT: usize = FACTOR_COUNT + 1;
 
@@ -244,17 +314,17 @@ impl BackwardLaunch {
         check_lengths(problem)?;
         let BackwardKernel { pass, tile, .. } = *kernel;
         let lengths = &problem.lengths;
-        let (owned, heads) = match pass {
-            BackwardPass::Delta | BackwardPass::Query => (lengths.max_query_len(), problem.query_heads),
-            _ => (lengths.max_key_len(), problem.key_heads),
+        let (owned, heads) = if pass.owns_keys() {
+            (lengths.max_key_len(), problem.key_heads)
+        } else {
+            (lengths.max_query_len(), problem.query_heads)
         };
         let chunks = tile.chunks(pass, problem.head_dim, problem.value_dim);
-        let rows = if pass == BackwardPass::Delta { 8 * tile.simdgroups } else { tile.rows() };
         let simdgroups = tile.simdgroups as u32;
         let grid = Grid {
             threadgroups: [
                 // MSL counts threads with 32 bits.
-                count(owned.div_ceil(rows) * 32)? / 32,
+                count(owned.div_ceil(kernel.rows()) * 32)? / 32,
                 count(heads * chunks * tile.simdgroups)? / simdgroups,
                 count(lengths.batch())?,
             ],

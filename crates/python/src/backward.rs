@@ -2,7 +2,8 @@
 
 use std::ptr;
 
-use mtlflashattn_core::{self as core, Dtype, Planner, Problem, Strides, Tier};
+use mtlflashattn_core::plan::Wanted;
+use mtlflashattn_core::{self as core, Demotions, Device, Dtype, Planner, Problem, Strides, Tier};
 use mtlflashattn_cpu::{self as cpu, Gradient, InputGradients, Inputs, OutputGradients, Outputs};
 use pyo3::exceptions::PyTypeError;
 use pyo3::intern;
@@ -11,12 +12,15 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyTuple};
 
 use crate::call::{Described, Numbers, Slot, Tensors, describe, dtype_error};
+use crate::differentiate::Operands;
 use crate::error::{Error, Result, guard};
 use crate::execute::{
     Offsets, SMALL_FLOPS, cpu_inputs, make_readable, planned_device, read_plain, run_cpu, torch_rules, unreadable,
 };
 use crate::form::Form;
+use crate::metal::{self, Fault, MetalDevice, Operand, Work};
 use crate::operator;
+use crate::settings::Resolved;
 use crate::tensor::{Element, Place, View};
 use crate::torch::Torch;
 use crate::{settings, trace};
@@ -26,12 +30,6 @@ const GRADIENTS: [(Slot, &str); 5] =
     [(Slot::Q, "dq"), (Slot::K, "dk"), (Slot::V, "dv"), (Slot::Bias, "dbias"), (Slot::Sinks, "dsinks")];
 /// What a forward call returned, with the gradients of that.
 const RESULTS: usize = 4;
-
-/// A tensor with what was read from it.
-struct Operand<'py> {
-    object: Bound<'py, PyAny>,
-    view: View,
-}
 
 /// One call for gradients.
 struct Call<'py> {
@@ -201,14 +199,17 @@ fn expect(argument: &'static str, operand: &Operand<'_>, shape: &[i64], dtype: D
     Err(Error::Problem(core::Error::Shape { argument, got: operand.view.shape_text(), allowed }))
 }
 
-fn execute(py: Python<'_>, torch: &Torch, call: &Call<'_>, described: &Described) -> Result<()> {
+fn execute<'py>(py: Python<'py>, torch: &Torch, call: &Call<'py>, described: &Described) -> Result<()> {
     let problem = &described.problem;
     let settings = settings::current(py)?;
     let place = call.views.q().place;
+    if let Some(device) = settings.metal_device(place) {
+        return execute_on_metal(py, torch, call, described, device, &settings);
+    }
     let offsets = Offsets::read(torch, call.form, &call.objects, &call.views, problem)?;
     let device = planned_device(py, torch, &settings, place)?;
     let planner = Planner::new(device, &settings.values);
-    let plan = planner.plan_backward(problem, call.gradients[3].is_some());
+    let plan = planner.plan_backward(problem, call.wanted());
     match (plan.tier, &plan.cpu) {
         (Tier::Cpu, Some(tile)) => {
             let pointers = Pointers::new(call, described, &offsets);
@@ -225,6 +226,95 @@ fn execute(py: Python<'_>, torch: &Torch, call: &Call<'_>, described: &Described
         _ => run_torch(py, call, problem, &offsets, settings.values.torch_chunk)?,
     }
     Ok(trace::record_backward(py, &planner, problem, &plan)?)
+}
+
+/// Computes gradients by the Metal kernels of `device`, or by torch operations where they cannot.
+fn execute_on_metal<'py>(
+    py: Python<'py>,
+    torch: &Torch,
+    call: &Call<'py>,
+    described: &Described,
+    device: MetalDevice,
+    resolved: &Resolved,
+) -> Result<()> {
+    let problem = &described.problem;
+    let settings = &resolved.values;
+    let read_offsets = || Offsets::read(torch, call.form, &call.objects, &call.views, problem);
+    if device == MetalDevice::Simulator {
+        // As in the forward pass.
+        read_offsets()?;
+    }
+    let gpu = device.gpu(py)?;
+    let mut demotions = Demotions::default();
+    let mut plan = resolved.plans.backward(problem, gpu, settings, call.wanted());
+    if plan.tier == Tier::Simdgroup {
+        let operands = call.operands(torch, described)?;
+        match device.differentiate(py, problem, &plan.metal, &operands, settings) {
+            Ok(()) => call.differentiate_sinks(py)?,
+            Err(Fault::Raised(error)) => return Err(error),
+            Err(fault) => {
+                demotions.demote(plan.tier, fault.reason());
+                let planner = Planner { demotions: &demotions, ..Planner::new(Device::Metal(gpu), settings) };
+                let next = planner.plan_backward(problem, call.wanted());
+                metal::warn(py, problem, Work::Gradients, plan.tier, &fault, next.tier)?;
+                plan = next;
+            }
+        }
+    }
+    if plan.tier == Tier::Torch {
+        run_torch(py, call, problem, &read_offsets()?, settings.torch_chunk)?;
+    }
+    let planner = Planner { demotions: &demotions, ..Planner::new(Device::Metal(gpu), settings) };
+    Ok(trace::record_backward(py, &planner, problem, &plan)?)
+}
+
+impl<'py> Call<'py> {
+    fn wanted(&self) -> Wanted {
+        let [query, key, value, bias, _] = self.gradients.each_ref().map(Option::is_some);
+        Wanted { query, key, value, bias }
+    }
+
+    /// The tensors as Metal kernels take them.
+    fn operands(&self, torch: &Torch, described: &Described) -> Result<Operands<'py>> {
+        let operand = |slot| Some(Operand { object: self.objects.get(slot)?.clone(), view: *self.views.get(slot)? });
+        let given = |slot| operand(slot).ok_or_else(|| unreadable(slot.name()));
+        let [d_query, d_key, d_value, ..] = self.gradients.clone();
+        if self.form.varlen {
+            // Kernels walk over sequences: rows in none of them are nobody's.
+            for gradient in [&d_query, &d_key, &d_value].into_iter().flatten() {
+                gradient.object.call_method0("zero_")?;
+            }
+        }
+        let mut shape = self.lse.view.shape().iter().map(|&size| size as usize).collect::<Vec<_>>();
+        shape.push(2);
+        let states = torch.new_empty_float32(self.objects.q(), &shape)?;
+        let view = read(torch, "softmax_lse", &states, described.q.place)?;
+        Ok(Operands {
+            q: given(Slot::Q)?,
+            k: given(Slot::K)?,
+            v: given(Slot::V)?,
+            out: self.out.clone(),
+            lse: self.lse.clone(),
+            offsets: operand(Slot::CuSeqlensQ).zip(operand(Slot::CuSeqlensK)),
+            alibi_slopes: operand(Slot::AlibiSlopes),
+            bias: operand(Slot::Bias),
+            d_out: self.grad_out.clone(),
+            d_lse: self.grad_lse.clone(),
+            states: Operand { object: states, view },
+            d_query,
+            d_key,
+            d_value,
+        })
+    }
+
+    /// Metal kernels leave the gradient of the sinks to torch: it is one sum over rows.
+    fn differentiate_sinks(&self, py: Python<'py>) -> Result<()> {
+        let (Some(to), Some(sinks)) = (&self.gradients[4], self.objects.get(Slot::Sinks)) else { return Ok(()) };
+        let d_lse = self.grad_lse.as_ref().map(|operand| &operand.object);
+        let arguments = (&to.object, sinks, &self.out.object, &self.lse.object, &self.grad_out.object, d_lse);
+        py.import("metal_flash_attn._torch_tier")?.getattr("differentiate_sinks")?.call1(arguments)?;
+        Ok(())
+    }
 }
 
 /// What the engine reads and writes.

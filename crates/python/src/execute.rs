@@ -11,7 +11,7 @@ use pyo3::types::PyDict;
 use crate::call::{Described, Numbers, Slot, Tensors, describe};
 use crate::error::{Error, Result};
 use crate::form::{Form, HeadAxis, OutLayout, Packing};
-use crate::metal::{Fault, MetalDevice, Operand, Operands};
+use crate::metal::{Fault, MetalDevice, Operand, Operands, Work};
 use crate::settings::Resolved;
 use crate::tensor::{Place, View};
 use crate::torch::Torch;
@@ -175,7 +175,7 @@ fn execute_on_metal<'py>(
             Some(operands) => operands,
             none => none.insert(self::operands(call, &results)?),
         };
-        let kernel = kernel.aligned(problem, device.starts(operands)?);
+        let kernel = kernel.aligned(problem, device.starts([&operands.q, &operands.k, &operands.v])?);
         match device.attend(py, problem, &kernel, operands, settings) {
             Ok(()) => break,
             Err(Fault::Raised(error)) => return Err(error),
@@ -190,7 +190,7 @@ fn execute_on_metal<'py>(
                 demotions.demote(plan.tier, fault.reason());
                 let planner = Planner { demotions: &demotions, ..Planner::new(Device::Metal(gpu), settings) };
                 let next = planner.plan(problem)?;
-                metal::warn(py, problem, plan.tier, &fault, next.tier)?;
+                metal::warn(py, problem, Work::Attention, plan.tier, &fault, next.tier)?;
                 plan = next;
             }
         }

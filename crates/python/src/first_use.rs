@@ -3,15 +3,15 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mtlflashattn_cache::{Fingerprint, Outcome, Variant, Verdict, unix_seconds};
+use mtlflashattn_cache::{Fingerprint, Outcome, Verdict, unix_seconds};
 use mtlflashattn_core::Settings;
 use mtlflashattn_core::settings::Probe;
-use mtlflashattn_metal::Kernel;
 use pyo3::prelude::*;
 
 use crate::kernels::{Refusal, Scope, State};
 use crate::metal::{Fault, Home, Objection, beginning};
 use crate::probe;
+use crate::variant::AnyKernel;
 
 /// Longest part of a compiler's log that is kept.
 const MAX_REASON: usize = 4000;
@@ -26,7 +26,7 @@ const PASSING: [&str; 5] =
 /// tensor of the call.
 pub fn prepare<'py, H: Home<'py>>(
     home: &H,
-    kernel: &Kernel,
+    kernel: &AnyKernel,
     like: &Bound<'py, PyAny>,
     settings: &Settings,
 ) -> Result<Arc<H::Pipeline>, Fault> {
@@ -45,7 +45,11 @@ pub fn prepare<'py, H: Home<'py>>(
 }
 
 /// Why `kernel` will be refused under `settings`, as far as that is known before its first use in this process.
-pub fn known_refusal<'py, H: Home<'py>>(home: &H, kernel: &Kernel, settings: &Settings) -> PyResult<Option<Refusal>> {
+pub fn known_refusal<'py, H: Home<'py>>(
+    home: &H,
+    kernel: &AnyKernel,
+    settings: &Settings,
+) -> PyResult<Option<Refusal>> {
     let known = FirstUse::new(home, kernel, settings).known()?;
     Ok(known.and_then(|verdict| refusal_of(&verdict, Scope::Machine, false)))
 }
@@ -53,7 +57,7 @@ pub fn known_refusal<'py, H: Home<'py>>(home: &H, kernel: &Kernel, settings: &Se
 /// A kernel on its way to its first launch.
 struct FirstUse<'a, H> {
     home: &'a H,
-    kernel: &'a Kernel,
+    kernel: &'a AnyKernel,
     settings: &'a Settings,
     source: String,
     compile: Duration,
@@ -63,7 +67,7 @@ struct FirstUse<'a, H> {
 }
 
 impl<'a, 'py, H: Home<'py>> FirstUse<'a, H> {
-    fn new(home: &'a H, kernel: &'a Kernel, settings: &'a Settings) -> Self {
+    fn new(home: &'a H, kernel: &'a AnyKernel, settings: &'a Settings) -> Self {
         let (compile, probe) = (Duration::ZERO, Duration::ZERO);
         Self { home, kernel, settings, source: kernel.source(), compile, probe, launches: 0, max_threads: None }
     }
@@ -110,7 +114,7 @@ impl<'a, 'py, H: Home<'py>> FirstUse<'a, H> {
         if self.settings.probe != Probe::On {
             return Ok(None);
         }
-        H::verdicts().find(self.settings, || self.home.machine(), &variant_of(self.kernel), &self.fingerprint())
+        H::verdicts().find(self.settings, || self.home.machine(), &self.kernel.variant(), &self.fingerprint())
     }
 
     /// Keeps what an objection says of the kernel.
@@ -130,7 +134,7 @@ impl<'a, 'py, H: Home<'py>> FirstUse<'a, H> {
     fn keep(&self, py: Python<'py>, outcome: Outcome) -> PyResult<Option<Refusal>> {
         let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         let verdict = Verdict {
-            variant: variant_of(self.kernel),
+            variant: self.kernel.variant(),
             fingerprint: self.fingerprint(),
             outcome,
             max_threads_per_threadgroup: self.max_threads,
@@ -145,10 +149,8 @@ impl<'a, 'py, H: Home<'py>> FirstUse<'a, H> {
         Ok(refusal_of(&kept.verdict, scope, true))
     }
 
-    /// Whatever the results depend on: the text, how it is launched, and how it is judged.
     fn fingerprint(&self) -> Fingerprint {
-        let around = [include_str!("../../metal/src/launch.rs"), include_str!("../../metal/src/probe.rs")];
-        Fingerprint::of([self.source.as_str(), self.kernel.entry()].into_iter().chain(around))
+        self.kernel.fingerprint(&self.source)
     }
 }
 
@@ -165,15 +167,4 @@ fn in_process(objection: Objection) -> Fault {
 
 fn refusal_of(verdict: &Verdict, scope: Scope, is_news: bool) -> Option<Refusal> {
     Some(Refusal { reason: verdict.failure()?.into(), scope, is_news })
-}
-
-fn variant_of(kernel: &Kernel) -> Variant {
-    Variant {
-        tier: kernel.tier.name().into(),
-        dtype: kernel.dtype.name().into(),
-        head_dim: kernel.head_dim,
-        value_dim: kernel.value_dim,
-        tile: kernel.matmul.map_or_else(|| kernel.tile.to_string(), |matmul| format!("{}, {matmul}", kernel.tile)),
-        features: kernel.features.names().into_iter().map(str::to_owned).collect(),
-    }
 }

@@ -5,6 +5,7 @@ mod arguments;
 mod backward;
 mod call;
 mod cli;
+mod differentiate;
 mod dlpack;
 mod doctor;
 mod environment;
@@ -29,6 +30,7 @@ mod tensor;
 mod torch;
 mod trace;
 mod tune;
+mod variant;
 mod verdicts;
 
 use pyo3::prelude::*;

@@ -17,6 +17,7 @@ use crate::kernels::{Kernels, Refusal, Scope, State};
 use crate::mps::{Mps, MpsPipeline};
 use crate::simulated::Simulated;
 use crate::tensor::View;
+use crate::variant::AnyKernel;
 use crate::verdicts::{Known, Verdicts};
 use crate::{first_use, gpu};
 
@@ -59,23 +60,24 @@ impl MetalDevice {
         }
     }
 
-    /// Bytes from an address that is a multiple of 16 to the first elements of q, k and v.
-    pub fn starts(self, operands: &Operands<'_>) -> PyResult<[usize; 3]> {
-        let start = |operand: &Operand<'_>| -> PyResult<usize> {
-            Ok(match self {
+    /// Bytes from an address that is a multiple of 16 to the first element of each of `operands`.
+    pub fn starts<const N: usize>(self, operands: [&Operand<'_>; N]) -> PyResult<[usize; N]> {
+        let mut starts = [0; N];
+        for (start, operand) in starts.iter_mut().zip(operands) {
+            *start = match self {
                 // Metal's buffers begin at such addresses; what torch calls the pointer of a tensor on MPS is none.
                 Self::Mps => {
                     let offset = operand.object.call_method0(intern!(operand.object.py(), "storage_offset"))?;
                     offset.extract::<usize>()? * operand.view.element.size()
                 }
                 Self::Simulator => operand.view.data.addr(),
-            })
-        };
-        Ok([start(&operands.q)?, start(&operands.k)?, start(&operands.v)?])
+            };
+        }
+        Ok(starts)
     }
 
     /// Why the device refuses `kernel`, as far as this or an earlier process knows.
-    pub fn refusal(self, py: Python<'_>, kernel: &Kernel, settings: &Settings) -> PyResult<Option<Refusal>> {
+    pub fn refusal(self, py: Python<'_>, kernel: &AnyKernel, settings: &Settings) -> PyResult<Option<Refusal>> {
         match self {
             Self::Mps => refusal_on(&Mps::new(py), kernel, settings),
             Self::Simulator => refusal_on(&Simulated::new(py), kernel, settings),
@@ -91,7 +93,7 @@ impl MetalDevice {
     }
 }
 
-fn refusal_on<'py, H: Home<'py>>(home: &H, kernel: &Kernel, settings: &Settings) -> PyResult<Option<Refusal>> {
+fn refusal_on<'py, H: Home<'py>>(home: &H, kernel: &AnyKernel, settings: &Settings) -> PyResult<Option<Refusal>> {
     match H::kernels().get(kernel, settings.probe) {
         Some(State::Refused(refusal)) => Ok(Some(refusal)),
         Some(State::Ready(_)) => Ok(None),
@@ -102,7 +104,7 @@ fn refusal_on<'py, H: Home<'py>>(home: &H, kernel: &Kernel, settings: &Settings)
 /// A device, with what it needs to know of torch tensors.
 pub trait Home<'py>: Device<Pipeline: 'static> {
     /// Where its compiled kernels are kept.
-    fn kernels() -> &'static Kernels<Kernel, Self::Pipeline>;
+    fn kernels() -> &'static Kernels<AnyKernel, Self::Pipeline>;
 
     /// What is known of its kernels.
     fn verdicts() -> &'static Verdicts;
@@ -124,8 +126,8 @@ pub trait Home<'py>: Device<Pipeline: 'static> {
 }
 
 impl<'py> Home<'py> for Mps<'py> {
-    fn kernels() -> &'static Kernels<Kernel, MpsPipeline> {
-        static KERNELS: Kernels<Kernel, MpsPipeline> = Kernels::new();
+    fn kernels() -> &'static Kernels<AnyKernel, MpsPipeline> {
+        static KERNELS: Kernels<AnyKernel, MpsPipeline> = Kernels::new();
         &KERNELS
     }
 
@@ -241,7 +243,7 @@ pub fn refusal(
     for want_lse in [false, true] {
         let Some(kernel) = kernel_of(plan, problem, want_lse) else { return Ok(None) };
         for kernel in [kernel, kernel.aligned(problem, [0; 3])] {
-            if let Some(refusal) = device.refusal(py, &kernel, settings)? {
+            if let Some(refusal) = device.refusal(py, &AnyKernel::Forward(kernel), settings)? {
                 return Ok(Some(refusal));
             }
         }
@@ -258,15 +260,29 @@ pub fn attend<'py, H: Home<'py>>(
     operands: &Operands<'py>,
     settings: &Settings,
 ) -> Result<(), Fault> {
-    let pipeline = match H::kernels().get(kernel, settings.probe) {
+    serve(home, AnyKernel::Forward(*kernel), &operands.q.object, settings, |pipeline| {
+        dispatch(home, problem, kernel, pipeline, operands)
+    })
+}
+
+/// Gets `launch` the pipeline of `kernel`, and keeps what the launch says against the kernel. `like` is a tensor of the
+/// call.
+pub fn serve<'py, H: Home<'py>>(
+    home: &H,
+    kernel: AnyKernel,
+    like: &Bound<'py, PyAny>,
+    settings: &Settings,
+    launch: impl FnOnce(&H::Pipeline) -> Result<(), Objection>,
+) -> Result<(), Fault> {
+    let pipeline = match H::kernels().get(&kernel, settings.probe) {
         Some(State::Ready(pipeline)) => pipeline,
         Some(State::Refused(refusal)) => return Err(Fault::Refused(refusal)),
-        None => first_use::prepare(home, kernel, &operands.q.object, settings)?,
+        None => first_use::prepare(home, &kernel, like, settings)?,
     };
-    dispatch(home, problem, kernel, &pipeline, operands).map_err(|objection| match objection {
+    launch(&pipeline).map_err(|objection| match objection {
         Objection::Kernel(reason) => {
             let refusal = Refusal { reason: reason.into(), scope: Scope::Process, is_news: true };
-            H::kernels().insert(*kernel, State::Refused(refusal.clone()), settings.probe);
+            H::kernels().insert(kernel, State::Refused(refusal.clone()), settings.probe);
             Fault::Refused(refusal)
         }
         Objection::Other(fault) => fault,
@@ -297,30 +313,38 @@ pub fn dispatch<'py, H: Home<'py>>(
     home.dispatch(pipeline, &arguments, launch.grid).map_err(|error| Objection::new(home, error))
 }
 
-/// The tiers that somebody was warned about.
-static WARNED: Mutex<Vec<Tier>> = Mutex::new(Vec::new());
+/// What a tier computes, in words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    Attention,
+    Gradients,
+}
+
+/// The tiers that somebody was warned about, and what they failed at.
+static WARNED: Mutex<Vec<(Tier, Work)>> = Mutex::new(Vec::new());
 /// Longest part of a compiler's log that a warning quotes.
 const MAX_QUOTED: usize = 1000;
 
-/// Warns, once for each tier, that `next` serves in its place. What an earlier process has found out, it has told.
-pub fn warn(py: Python<'_>, problem: &Problem, tier: Tier, fault: &Fault, next: Tier) -> PyResult<()> {
+/// Warns, once for each tier and work, that `next` serves in its place. What an earlier process has found out, it has told.
+pub fn warn(py: Python<'_>, problem: &Problem, work: Work, tier: Tier, fault: &Fault, next: Tier) -> PyResult<()> {
     if matches!(fault, Fault::Refused(Refusal { is_news: false, .. })) {
         return Ok(());
     }
     {
         let mut warned = WARNED.lock().unwrap_or_else(PoisonError::into_inner);
-        if warned.contains(&tier) {
+        if warned.contains(&(tier, work)) {
             return Ok(());
         }
-        warned.push(tier);
+        warned.push((tier, work));
     }
     let reason = match fault {
         Fault::Refused(Refusal { reason, scope, .. }) => format!("{}; {scope}", beginning(reason, MAX_QUOTED)),
         fault => beginning(&fault.reason(), MAX_QUOTED).into_owned(),
     };
     let Problem { dtype, head_dim, .. } = problem;
+    let gradients = if work == Work::Gradients { "gradients of " } else { "" };
     let text = format!(
-        "the {tier} tier failed for {dtype} with head_dim {head_dim}, and the {next} tier serves instead: {reason} \
+        "the {tier} tier failed for {gradients}{dtype} with head_dim {head_dim}, and the {next} tier serves instead: {reason} \
          (more failures of this tier are not reported; metal_flash_attn.plan names them)"
     );
     PyErr::warn(py, &py.get_type::<PyRuntimeWarning>(), &CString::new(text.replace('\0', " "))?, 2)

@@ -1,6 +1,6 @@
 //! `plan()`: which tier would serve a call, and why not the others.
 
-use mtlflashattn_core::plan::{Reason, TileChoice, TunedTiles};
+use mtlflashattn_core::plan::{Reason, TileChoice, TunedTiles, Wanted};
 use mtlflashattn_core::{self as core, Demotions, Planner, Tier};
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -105,9 +105,16 @@ pub fn plan<'py>(
                 Some(bias) => bias.getattr(intern!(py, "requires_grad"))?.is_truthy()?,
                 None => false,
             };
-            let planner = Planner::new(device, &settings.values);
-            let core::BackwardPlan { tier, passed_over, .. } = planner.plan_backward(&problem, bias_gradient);
-            return Ok(Plan::new(tier, (tier == Tier::Cpu).then(|| isa.name()), &passed_over));
+            let wanted = Wanted { bias: bias_gradient, ..Wanted::INPUTS };
+            let mut demotions = Demotions::default();
+            let plan = loop {
+                let planner = Planner { demotions: &demotions, ..Planner::new(device, &settings.values) };
+                let plan = planner.plan_backward(&problem, wanted);
+                let refusal = metal.map(|metal| metal.backward_refusal(py, &problem, &plan.metal, &settings.values));
+                let Some(refusal) = refusal.transpose()?.flatten() else { break plan };
+                demotions.demote(plan.tier, refusal.to_string());
+            };
+            return Ok(Plan::new(plan.tier, plan.cpu.map(|_| isa.name()), &plan.passed_over));
         }
         let mut demotions = Demotions::default();
         let tuned_here = metal.map(|metal| settings.tuned(py, metal)).transpose()?;

@@ -1,10 +1,14 @@
 //! Plans for Metal devices, kept: choosing a tile takes longer than launching its kernel.
 
 use std::collections::HashMap;
+use std::convert::Infallible;
+use std::hash::Hash;
 use std::sync::{Mutex, PoisonError};
 
-use mtlflashattn_core::plan::{Gpu, TunedTiles, has_plain_rows};
-use mtlflashattn_core::{BiasKind, Device, Dtype, Lengths, Mask, Plan, Planner, Problem, Result, Settings};
+use mtlflashattn_core::plan::{Gpu, TunedTiles, Wanted, has_plain_rows};
+use mtlflashattn_core::{
+    self as core, BackwardPlan, BiasKind, Device, Dtype, Lengths, Mask, Plan, Planner, Problem, Settings,
+};
 
 /// Most plans that are kept; lengths that never come again must not fill the memory.
 const CAPACITY: usize = 1024;
@@ -47,17 +51,42 @@ impl Key {
 
 /// The plans that were made with some settings.
 #[derive(Default)]
-pub struct Plans(Mutex<HashMap<Key, Plan>>);
+pub struct Plans {
+    forward: Kept<Key, Plan>,
+    backward: Kept<(Key, Wanted), BackwardPlan>,
+}
 
 impl Plans {
     /// The plan for `problem` on `gpu` when no kernel of it has failed.
-    pub fn get(&self, problem: &Problem, gpu: Gpu, settings: &Settings, tuned: &TunedTiles) -> Result<Plan> {
-        let key = Key::new(problem, gpu);
+    pub fn get(&self, problem: &Problem, gpu: Gpu, settings: &Settings, tuned: &TunedTiles) -> core::Result<Plan> {
+        let planner = Planner { tuned, ..Planner::new(Device::Metal(gpu), settings) };
+        self.forward.get(Key::new(problem, gpu), || planner.plan(problem))
+    }
+
+    /// The same for its gradients.
+    pub fn backward(&self, problem: &Problem, gpu: Gpu, settings: &Settings, wanted: Wanted) -> BackwardPlan {
+        let planner = Planner::new(Device::Metal(gpu), settings);
+        let make = || Ok::<_, Infallible>(planner.plan_backward(problem, wanted));
+        let Ok(plan) = self.backward.get((Key::new(problem, gpu), wanted), make);
+        plan
+    }
+}
+
+struct Kept<K, P>(Mutex<HashMap<K, P>>);
+
+impl<K, P> Default for Kept<K, P> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<K: Eq + Hash, P: Clone> Kept<K, P> {
+    fn get<E>(&self, key: K, make: impl FnOnce() -> Result<P, E>) -> Result<P, E> {
         let mut plans = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(plan) = plans.get(&key) {
             return Ok(plan.clone());
         }
-        let plan = Planner { tuned, ..Planner::new(Device::Metal(gpu), settings) }.plan(problem)?;
+        let plan = make()?;
         if plans.len() == CAPACITY {
             plans.clear();
         }

@@ -1,27 +1,39 @@
 //! Runs the small problems of a kernel on a device, with torch tensors.
 
-use mtlflashattn_metal::Kernel;
-use mtlflashattn_metal::probe::{Element, Memory, SmallProblem};
+use mtlflashattn_metal::probe::{Element, Memory, SmallBackward, SmallProblem};
+use mtlflashattn_metal::{BackwardKernel, Kernel};
 use pyo3::exceptions::PyException;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
+use crate::differentiate;
 use crate::execute::unreadable;
-use crate::metal::{Fault, Home, Objection, Operand, Operands, dispatch};
+use crate::metal::{Fault, Home, Objection, Operand, dispatch};
 use crate::tensor::View;
 use crate::torch::Torch;
+use crate::variant::AnyKernel;
 
 /// Launches all small problems of `kernel` on the device of `like`, waits for them and judges the results. Returns how
 /// many there were.
 pub fn check<'py, H: Home<'py>>(
     home: &H,
+    kernel: &AnyKernel,
+    pipeline: &H::Pipeline,
+    like: &Bound<'py, PyAny>,
+) -> Result<u32, Objection> {
+    match kernel {
+        AnyKernel::Forward(kernel) => check_forward(home, kernel, pipeline, like),
+        AnyKernel::Backward(kernel) => check_backward(home, kernel, pipeline, like),
+    }
+}
+
+fn check_forward<'py, H: Home<'py>>(
+    home: &H,
     kernel: &Kernel,
     pipeline: &H::Pipeline,
     like: &Bound<'py, PyAny>,
 ) -> Result<u32, Objection> {
-    let problems = SmallProblem::all(kernel).map_err(|error| {
-        Objection::Other(Fault::Failed(format!("there is no small problem for this kernel: {error}")))
-    })?;
+    let problems = SmallProblem::all(kernel).map_err(no_problem)?;
     let mut runs = Vec::with_capacity(problems.len());
     for small in &problems {
         let operands = small.tensors.try_map(|memory| operand(memory, like));
@@ -32,19 +44,56 @@ pub fn check<'py, H: Home<'py>>(
         dispatch(home, &small.problem, kernel, pipeline, operands)?;
     }
     for (small, operands) in &runs {
-        let wrong = match results(small, operands) {
-            Ok((out, lse)) => small.judge(&out, lse.as_deref()),
-            // A kernel that the GPU stopped shows when somebody waits for it.
-            Err(error) if error.is_instance_of::<PyException>(like.py()) => {
-                Some(format!("no results came back: {error}"))
-            }
-            Err(error) => return Err(Objection::Other(error.into())),
-        };
-        if let Some(wrong) = wrong {
-            return Err(Objection::Kernel(format!("in the check before its first use, {wrong}")));
-        }
+        let lse = operands.lse.as_ref().zip(small.tensors.lse.as_ref());
+        let pairs = [(&operands.out, &small.tensors.out)].into_iter().chain(lse);
+        judge(like.py(), pairs, |results| small.judge(&results[0], results.get(1).map(Vec::as_slice)))?;
     }
     Ok(runs.len() as u32)
+}
+
+fn check_backward<'py, H: Home<'py>>(
+    home: &H,
+    kernel: &BackwardKernel,
+    pipeline: &H::Pipeline,
+    like: &Bound<'py, PyAny>,
+) -> Result<u32, Objection> {
+    let problems = SmallBackward::all(kernel).map_err(no_problem)?;
+    let mut runs = Vec::with_capacity(problems.len());
+    for small in &problems {
+        let operands = small.tensors.try_map(|memory| operand(memory, like));
+        runs.push((small, operands.map_err(|error| unavailable(like.py(), error))?));
+    }
+    for (small, operands) in &runs {
+        differentiate::dispatch(home, &small.problem, kernel, pipeline, operands)?;
+    }
+    for (small, operands) in &runs {
+        let pairs = operands.written(kernel.pass).into_iter().zip(small.tensors.written(kernel.pass));
+        judge(like.py(), pairs, |results| small.judge(results))?;
+    }
+    Ok(runs.len() as u32)
+}
+
+#[allow(clippy::needless_pass_by_value, reason = "for map_err")]
+fn no_problem(error: mtlflashattn_core::Error) -> Objection {
+    Objection::Other(Fault::Failed(format!("there is no small problem for this kernel: {error}")))
+}
+
+/// Objects to the kernel where `judge` finds something wrong with the memory of its results.
+fn judge<'a, 'py: 'a>(
+    py: Python<'py>,
+    results: impl Iterator<Item = (&'a Operand<'py>, &'a Memory)>,
+    judge: impl FnOnce(&[Vec<f64>]) -> Option<String>,
+) -> Result<(), Objection> {
+    let read = |(operand, memory): (&Operand<'py>, &Memory)| {
+        Torch::to_f64s(&operand.object.call_method1("as_strided", ((memory.values.len(),), (1,)))?)
+    };
+    let wrong = match results.map(read).collect::<PyResult<Vec<_>>>() {
+        Ok(results) => judge(&results),
+        // A kernel that the GPU stopped shows when somebody waits for it.
+        Err(error) if error.is_instance_of::<PyException>(py) => Some(format!("no results came back: {error}")),
+        Err(error) => return Err(Objection::Other(error.into())),
+    };
+    wrong.map_or(Ok(()), |wrong| Err(Objection::Kernel(format!("in the check before its first use, {wrong}"))))
 }
 
 /// What keeps small tensors from being made: nothing that the kernel has done.
@@ -70,14 +119,4 @@ fn operand<'py>(memory: &Memory, like: &Bound<'py, PyAny>) -> PyResult<Operand<'
         None => View::describe(&object)?.ok_or_else(|| unreadable("q"))?,
     };
     Ok(Operand { object, view })
-}
-
-/// The memory of out and lse, once the device has computed them.
-fn results(small: &SmallProblem, operands: &Operands<'_>) -> PyResult<(Vec<f64>, Option<Vec<f64>>)> {
-    let read = |operand: &Operand<'_>, memory: &Memory| {
-        Torch::to_f64s(&operand.object.call_method1("as_strided", ((memory.values.len(),), (1,)))?)
-    };
-    let lse = operands.lse.as_ref().zip(small.tensors.lse.as_ref());
-    let lse = lse.map(|(operand, memory)| read(operand, memory)).transpose()?;
-    Ok((read(&operands.out, &small.tensors.out)?, lse))
 }

@@ -4,7 +4,7 @@ use std::env;
 use std::sync::LazyLock;
 
 use mtlflashattn_cache::Machine;
-use mtlflashattn_metal::{Argument, Device, DeviceError, Grid, Kernel};
+use mtlflashattn_metal::{Argument, Device, DeviceError, Grid};
 use mtlflashattn_simulator::{Buffer, Launch, Layer, Options, Pipeline, Simulator};
 use pyo3::exceptions::{PyMemoryError, PyRuntimeError, PySyntaxError};
 use pyo3::prelude::*;
@@ -12,6 +12,7 @@ use pyo3::types::PyBytes;
 
 use crate::kernels::Kernels;
 use crate::metal::{Home, Operand};
+use crate::variant::AnyKernel;
 use crate::verdicts::Verdicts;
 
 static SIMULATOR: LazyLock<Simulator> = LazyLock::new(|| Simulator::new(Options::new(Layer::Fast)));
@@ -82,8 +83,8 @@ fn bind<'a>(argument: &Argument<'a, Memory>, buffer: Option<&'a Buffer>) -> Argu
 }
 
 impl<'py> Home<'py> for Simulated<'py> {
-    fn kernels() -> &'static Kernels<Kernel, Pipeline> {
-        static KERNELS: Kernels<Kernel, Pipeline> = Kernels::new();
+    fn kernels() -> &'static Kernels<AnyKernel, Pipeline> {
+        static KERNELS: Kernels<AnyKernel, Pipeline> = Kernels::new();
         &KERNELS
     }
 

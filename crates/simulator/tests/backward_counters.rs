@@ -7,7 +7,7 @@ use common::backward::{BackwardRun, BackwardVariant};
 use common::bench::Bench;
 use mtlflashattn_core::Dtype;
 use mtlflashattn_core::plan::occupancy::KernelShape;
-use mtlflashattn_core::plan::{BackwardPass, BackwardTile, Chip, Gpu, QueryHome, backward_passes};
+use mtlflashattn_core::plan::{BackwardPass, BackwardTile, Chip, Gpu, QueryHome, Wanted, backward_passes};
 use mtlflashattn_metal::BackwardKernel;
 use mtlflashattn_simulator::{Layer, Options, Report};
 
@@ -135,7 +135,7 @@ fn planned_tiles_do_not_spill_and_repeat_nothing_up_to_128() {
                 let case = Case { dtype, head_dim: dim, value_dim: dim, lengths: vec![(8, 8)], ..Case::default() };
                 let problem = BackwardRun::new(&case, false).run.problem;
                 let shape = KernelShape::of(&problem, gpu(chip).has_bfloat());
-                let passes = backward_passes(&problem, &gpu(chip));
+                let passes = backward_passes(&problem, &gpu(chip), Wanted::INPUTS).expect("tiles");
                 let has = |wanted| passes.iter().any(|&(pass, _)| pass == wanted);
                 let name = format!("{chip} {dtype} {dim}: {passes:?}");
                 assert!(has(BackwardPass::Delta) && has(BackwardPass::Query), "{name}");
@@ -169,7 +169,7 @@ fn planned_kernels_do_what_the_planner_counts() {
             ..Case::default()
         };
         let problem = BackwardRun::new(&case, false).run.problem;
-        let tiles = backward_passes(&problem, &gpu(chip));
+        let tiles = backward_passes(&problem, &gpu(chip), Wanted::INPUTS).expect("tiles");
         let variant = BackwardVariant { name: "planned", case, tiles, aligned: true, lse_gradient: false };
         let reports = count(&variant);
         for (&(pass, tile), report) in variant.tiles.iter().zip(&reports).skip(1) {

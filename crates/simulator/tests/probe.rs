@@ -1,5 +1,8 @@
 //! The small problems by which a kernel proves itself on a user's machine: right kernels pass, wrong ones do not.
 
+#[path = "../examples/mutants/backward.rs"]
+#[allow(dead_code, reason = "the mutants example uses all of it")]
+mod backward_list;
 #[path = "common/mod.rs"]
 mod common;
 #[path = "../examples/mutants/list.rs"]
@@ -7,11 +10,12 @@ mod common;
 mod list;
 
 use common::Run;
+use common::backward::{self, BackwardRun};
 use common::bench::Bench;
-use common::small::probe;
+use common::small::{probe, probe_backward};
 use common::variants::{self, Variant};
 use list::MUTANTS;
-use mtlflashattn_metal::Kernel;
+use mtlflashattn_metal::{BackwardKernel, Kernel};
 use mtlflashattn_simulator::{Layer, Options};
 
 fn kernel(variant: &Variant) -> Kernel {
@@ -53,5 +57,49 @@ fn planted_bugs_fail_the_probe() {
         assert!(source.contains(mutant.from), "{what}");
         let result = probe(&bench, &kernel, &source.replace(mutant.from, mutant.to));
         assert!(result.is_err(), "{what} [{}]", mutant.variant);
+    }
+}
+
+#[test]
+fn kernels_of_the_backward_pass_pass_their_probes() {
+    let bench = Bench::new(Options::new(Layer::Fast).with_seed(3));
+    for variant in backward::variants() {
+        for kernel in variant.kernels(&BackwardRun::new(&variant.case, variant.lse_gradient)) {
+            probe_backward(&bench, &kernel, &kernel.source())
+                .unwrap_or_else(|wrong| panic!("{}, {}: {wrong}", variant.name, kernel.pass.name()));
+        }
+    }
+}
+
+/// The same for the backward pass.
+const BACKWARD_BUGS: [&str; 12] = [
+    "gradient: delta misses a piece",
+    "gradient: gradient of the lse is added",
+    "gradient: lse in natural units",
+    "gradient: lse of packed sequences starts at 0",
+    "gradient: sign of the scale is lost",
+    "gradient: softcap has no derivative",
+    "gradient: bias of the first head",
+    "gradient: keys see one query too early",
+    "gradient: only the first head of a group counts",
+    "gradient: dQ with the strides of q",
+    "gradient: dV with the strides of dK",
+    "gradient: a row past the end is stored",
+];
+
+#[test]
+fn bugs_in_the_backward_pass_fail_the_probe() {
+    let bench = Bench::new(Options::new(Layer::Fast));
+    let variants = backward::variants();
+    for what in BACKWARD_BUGS {
+        let mutant = backward_list::MUTANTS.iter().find(|mutant| mutant.what == what).expect("a mutant");
+        let variant = variants.iter().find(|variant| variant.name == mutant.variant).expect("a variant");
+        let kernels = variant.kernels(&BackwardRun::new(&variant.case, variant.lse_gradient));
+        let damaged: Vec<_> = kernels.iter().filter(|kernel| kernel.source().contains(mutant.from)).collect();
+        assert!(!damaged.is_empty(), "{what}");
+        let fails = |kernel: &&BackwardKernel| {
+            probe_backward(&bench, kernel, &kernel.source().replace(mutant.from, mutant.to)).is_err()
+        };
+        assert!(damaged.iter().any(fails), "{what} [{}]", mutant.variant);
     }
 }

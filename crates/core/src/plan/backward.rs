@@ -1,7 +1,7 @@
 //! Which tier computes the gradients of a problem.
 
 use super::cpu::{CpuPath, CpuTile};
-use super::{Device, Planner, Reason};
+use super::{BackwardPass, BackwardTile, Device, Gpu, Planner, Reason, Wanted, backward_passes};
 use crate::{Lengths, Problem, Tier, settings};
 
 /// How the CPU engine cuts the gradients of a problem. Nothing here depends on the number of threads: splits are added
@@ -61,43 +61,74 @@ pub struct BackwardPlan {
     pub tier: Tier,
     /// Its tile when it is [`Tier::Cpu`].
     pub cpu: Option<CpuBackwardTile>,
+    /// Its kernels in the order in which they run, with their tiles, when it is [`Tier::Simdgroup`].
+    pub metal: Vec<(BackwardPass, BackwardTile)>,
     /// Every other tier, with the reason why it does not.
     pub passed_over: Vec<(Tier, Reason)>,
 }
 
+/// The tile or the kernels of a tier.
+#[derive(Default)]
+struct Served {
+    cpu: Option<CpuBackwardTile>,
+    metal: Vec<(BackwardPass, BackwardTile)>,
+}
+
 impl Planner<'_> {
-    /// Chooses the tier for the gradients of `problem`, of its additive bias too where `bias_gradient` says so: the
-    /// forced tier where it has a backward pass, else the first in the order of [`Tier::ALL`] that can serve. The
-    /// forward pass leaves nothing behind but its output and LSE, so any tier can follow any other.
+    /// Chooses the tier for the `wanted` gradients of `problem`: the forced tier where it can serve, else the first in the
+    /// order of [`Tier::ALL`] that can. The forward pass leaves nothing behind but its output and LSE, so any tier can
+    /// follow any other.
     #[must_use]
-    pub fn plan_backward(&self, problem: &Problem, bias_gradient: bool) -> BackwardPlan {
-        let can = |tier| self.serve_backward(problem, tier, bias_gradient);
-        let forced = self.settings.kernel.tier().filter(|&tier| can(tier).is_ok());
-        let tier = forced.or_else(|| Tier::ALL.into_iter().find(|&tier| can(tier).is_ok())).unwrap_or(Tier::Torch);
-        let why = |other| match can(other) {
+    pub fn plan_backward(&self, problem: &Problem, wanted: Wanted) -> BackwardPlan {
+        let mut served: Vec<_> = Tier::ALL.map(|tier| (tier, self.serve_backward(problem, tier, wanted))).into();
+        let forced = self.settings.kernel.tier();
+        let forced = forced.filter(|&forced| served.iter().any(|(tier, served)| *tier == forced && served.is_ok()));
+        let first =
+            served.iter().position(|(tier, served)| served.is_ok() && forced.is_none_or(|forced| forced == *tier));
+        let (tier, Ok(Served { cpu, metal })) = served.swap_remove(first.expect("the torch tier serves everything"))
+        else {
+            unreachable!("only tiers that can serve are chosen")
+        };
+        let why = |served| match served {
             Err(reason) => reason,
-            Ok(()) if forced.is_some() => Reason::NotForced(self.settings.kernel.name()),
-            Ok(()) => Reason::After(tier),
+            Ok(_) if forced.is_some() => Reason::NotForced(self.settings.kernel.name()),
+            Ok(_) => Reason::After(tier),
         };
-        let passed_over = Tier::ALL.into_iter().filter(|&other| other != tier).map(|other| (other, why(other)));
-        let cpu = match self.device {
-            Device::Cpu { panel_rows, .. } if tier == Tier::Cpu => Some(CpuBackwardTile::new(problem, panel_rows)),
-            _ => None,
-        };
-        BackwardPlan { tier, cpu, passed_over: passed_over.collect() }
+        let mut passed_over: Vec<_> = served.into_iter().map(|(other, served)| (other, why(served))).collect();
+        passed_over.sort_by_key(|(other, _)| Tier::ALL.iter().position(|tier| tier == other));
+        BackwardPlan { tier, cpu, metal, passed_over }
     }
 
-    fn serve_backward(&self, problem: &Problem, tier: Tier, bias_gradient: bool) -> Result<(), Reason> {
+    fn serve_backward(&self, problem: &Problem, tier: Tier, wanted: Wanted) -> Result<Served, Reason> {
         match (tier, self.device) {
+            (Tier::Torch, _) => Ok(Served::default()),
             (Tier::Cpu, Device::Metal(_)) if self.settings.device == settings::Device::Simulator => {
                 Err(Reason::Simulated)
             }
             (Tier::Cpu, Device::Metal(_) | Device::Torch) => Err(Reason::NeedsCpu),
-            (Tier::Cpu, Device::Cpu { .. }) if bias_gradient => Err(Reason::NoBiasGradient),
-            (Tier::Torch, _) | (Tier::Cpu, Device::Cpu { .. }) => Ok(()),
-            (_, Device::Metal(_)) if problem.dropout.is_some() => Err(Reason::NoDropout),
+            (Tier::Cpu, Device::Cpu { .. }) if wanted.bias => Err(Reason::NoBiasGradient),
+            (Tier::Cpu, Device::Cpu { panel_rows, .. }) => {
+                Ok(Served { cpu: Some(CpuBackwardTile::new(problem, panel_rows)), ..Served::default() })
+            }
+            (Tier::Simdgroup, Device::Metal(gpu)) => {
+                Ok(Served { metal: self.metal_passes(problem, &gpu, wanted)?, ..Served::default() })
+            }
             (_, Device::Metal(_)) => Err(Reason::NoBackward),
             (_, Device::Cpu { .. } | Device::Torch) => Err(Reason::NeedsMetal),
         }
+    }
+
+    fn metal_passes(
+        &self,
+        problem: &Problem,
+        gpu: &Gpu,
+        wanted: Wanted,
+    ) -> Result<Vec<(BackwardPass, BackwardTile)>, Reason> {
+        self.check_metal(problem, Tier::Simdgroup, gpu)?;
+        if wanted.bias {
+            return Err(Reason::NoBiasGradient);
+        }
+        let Problem { head_dim, value_dim, dtype, .. } = *problem;
+        backward_passes(problem, gpu, wanted).ok_or(Reason::NoBackwardTile { head_dim, value_dim, dtype })
     }
 }

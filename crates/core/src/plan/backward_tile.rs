@@ -48,6 +48,12 @@ impl BackwardPass {
         matches!(self, Self::KeysAndValues | Self::Values)
     }
 
+    /// Whether its threadgroups own keys, and not queries.
+    #[must_use]
+    pub const fn owns_keys(self) -> bool {
+        matches!(self, Self::KeysAndValues | Self::Keys | Self::Values)
+    }
+
     /// Columns of the gradient that it computes; of the wider one where there are two.
     #[must_use]
     pub const fn columns(self, head_dim: usize, value_dim: usize) -> usize {
@@ -210,20 +216,49 @@ impl fmt::Display for BackwardTile {
     }
 }
 
-/// The kernels that compute all gradients of `problem` on `gpu`, in the order in which they run, with their tiles.
+/// Which gradients somebody wants; those of sinks come from the LSE and delta of the rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(clippy::struct_excessive_bools, reason = "gradients are wanted or not")]
+pub struct Wanted {
+    /// Of q.
+    pub query: bool,
+    /// Of k.
+    pub key: bool,
+    /// Of v.
+    pub value: bool,
+    /// Of an additive bias.
+    pub bias: bool,
+}
+
+impl Wanted {
+    /// The gradients of q, k and v.
+    pub const INPUTS: Self = Self { query: true, key: true, value: true, bias: false };
+}
+
+/// The kernels that compute the `wanted` gradients of q, k and v of `problem` on `gpu`, in the order in which they run, with
+/// their tiles; `None` when the GPU can hold no tile of one of them.
 ///
 /// dK and dV share their scores in one kernel where registers hold the sums of both, and have one each where not. Nothing
 /// of this was measured: tiles are ranked by certain spills, repeated products, threads of a core and bytes moved.
 #[must_use]
-pub fn backward_passes(problem: &Problem, gpu: &Gpu) -> Vec<(BackwardPass, BackwardTile)> {
+pub fn backward_passes(problem: &Problem, gpu: &Gpu, wanted: Wanted) -> Option<Vec<(BackwardPass, BackwardTile)>> {
     let search = Search { shape: KernelShape::of(problem, gpu.has_bfloat()), caches: gpu.has_dynamic_caching() };
-    let best = |pass| search.best(pass).map(|(score, tile)| (score, (pass, tile)));
-    let of_keys = match best(BackwardPass::KeysAndValues) {
-        Some((score, both)) if !score.near_spill => vec![both],
-        _ => [BackwardPass::Values, BackwardPass::Keys].into_iter().filter_map(best).map(|(_, pass)| pass).collect(),
-    };
-    let query = best(BackwardPass::Query).map(|(_, pass)| pass);
-    [(BackwardPass::Delta, DELTA_TILE)].into_iter().chain(query).chain(of_keys).collect()
+    let mut passes = Vec::new();
+    if wanted.query {
+        passes.push(BackwardPass::Query);
+    }
+    if wanted.key
+        && wanted.value
+        && search.best(BackwardPass::KeysAndValues).is_some_and(|(score, _)| !score.near_spill)
+    {
+        passes.push(BackwardPass::KeysAndValues);
+    } else {
+        passes.extend(wanted.value.then_some(BackwardPass::Values));
+        passes.extend(wanted.key.then_some(BackwardPass::Keys));
+    }
+    let delta = (!passes.is_empty()).then_some(Some((BackwardPass::Delta, DELTA_TILE)));
+    let best = |pass| search.best(pass).map(|(_, tile)| (pass, tile));
+    delta.into_iter().chain(passes.into_iter().map(best)).collect()
 }
 
 /// Four lanes a query; nothing but the number of simdgroups matters.

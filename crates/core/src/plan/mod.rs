@@ -16,7 +16,7 @@ mod tuned;
 use crate::{Error, Problem, Result, Settings, Tier, settings};
 
 pub use backward::{BackwardPlan, CpuBackwardTile};
-pub use backward_tile::{BackwardPass, BackwardTile, backward_passes};
+pub use backward_tile::{BackwardPass, BackwardTile, Wanted, backward_passes};
 pub use cpu::{CpuPath, CpuTile};
 pub use gpu::{Chip, Gpu, Missing, Size, Version};
 pub use matmul::{MATRIX, Matmul, Operands, Weights, has_plain_rows};
@@ -160,22 +160,25 @@ impl<'a> Planner<'a> {
         }
     }
 
-    fn serve_on_metal(&self, problem: &Problem, plan: Plan, gpu: Gpu) -> std::result::Result<Plan, Reason> {
+    /// What keeps Metal kernels of `tier` from any problem like this.
+    fn check_metal(&self, problem: &Problem, tier: Tier, gpu: &Gpu) -> std::result::Result<(), Reason> {
         if let Some(missing) = gpu.lacks_for_kernels(problem.dtype) {
             return Err(Reason::Lacks(missing));
         }
         if problem.dropout.is_some() {
             return Err(Reason::NoDropout);
         }
-        if let Some(failure) = self.demotions.failure(plan.tier) {
+        if let Some(failure) = self.demotions.failure(tier) {
             return Err(Reason::Demoted(failure.to_owned()));
         }
         let Problem { lengths, head_dim, value_dim, .. } = *problem;
         let largest = lengths.max_query_len().max(lengths.max_key_len()).max(head_dim).max(value_dim);
-        if largest > MAX_LEN {
-            return Err(Reason::TooLong(largest));
-        }
+        if largest > MAX_LEN { Err(Reason::TooLong(largest)) } else { Ok(()) }
+    }
+
+    fn serve_on_metal(&self, problem: &Problem, plan: Plan, gpu: Gpu) -> std::result::Result<Plan, Reason> {
         let tier = plan.tier;
+        self.check_metal(problem, tier, &gpu)?;
         match tier {
             Tier::Tensorops | Tier::TensoropsStaged => {
                 let forced = self.settings.kernel.tier() == Some(plan.tier);

@@ -74,6 +74,15 @@ pub enum Reason {
     NoCache,
     /// The tier computes no gradients.
     NoBackward,
+    /// No tile of one of its kernels for gradients fits the GPU.
+    NoBackwardTile {
+        /// Columns of Q and K.
+        head_dim: usize,
+        /// Columns of V and O.
+        value_dim: usize,
+        /// Element type.
+        dtype: Dtype,
+    },
     /// The tier computes no gradient of an additive bias.
     NoBiasGradient,
     /// Its kernels know no dropout.
@@ -132,6 +141,9 @@ impl fmt::Display for Reason {
             Self::Demoted(failure) => write!(f, "failed here: {failure}"),
             Self::NoCache => f.write_str("reads no keys in a cache"),
             Self::NoBackward => f.write_str("has no backward pass"),
+            Self::NoBackwardTile { head_dim, value_dim, dtype } => {
+                write!(f, "no tile of its backward pass for head_dim {head_dim}/{value_dim} in {dtype} fits the GPU")
+            }
             Self::NoBiasGradient => f.write_str("computes no gradient of a bias"),
             Self::NoDropout => f.write_str("knows no dropout"),
             Self::After(tier) => write!(f, "{tier} comes before it and serves this call"),

@@ -2,8 +2,10 @@
 
 use half::{bf16, f16};
 use mtlflashattn_core::{Dtype, Strides, TensorMeta};
-use mtlflashattn_metal::probe::{Element, Memory, SmallProblem};
-use mtlflashattn_metal::{Kernel, Launch, LseStrides, Outputs, Tensors};
+use mtlflashattn_metal::probe::{Element, Memory, SmallBackward, SmallProblem};
+use mtlflashattn_metal::{
+    BackwardKernel, BackwardLaunch, BackwardOutputs, Kernel, Launch, LseStrides, Outputs, Tensors,
+};
 use mtlflashattn_simulator::{Buffer, Launch as Dispatch};
 
 use super::bench::{Bench, borrowed};
@@ -23,6 +25,35 @@ pub fn probe(bench: &Bench, kernel: &Kernel, source: &str) -> Result<(), String>
         run.map_err(|error| error.to_string())?;
         let lse = buffers.lse.as_ref().map(|lse| decode(Dtype::F32, lse));
         if let Some(wrong) = small.judge(&decode(problem.dtype, &buffers.out), lse.as_deref()) {
+            return Err(wrong);
+        }
+    }
+    Ok(())
+}
+
+/// The same for a kernel of the backward pass.
+pub fn probe_backward(bench: &Bench, kernel: &BackwardKernel, source: &str) -> Result<(), String> {
+    let pipeline = bench.pipeline(source, kernel.entry()).map_err(|error| error.to_string())?;
+    for small in SmallBackward::all(kernel).expect("problems for the kernel") {
+        let SmallBackward { problem, tensors, .. } = &small;
+        let dtype = problem.dtype;
+        let strides =
+            |memory: &Memory| Strides::of(&TensorMeta { dtype, shape: &memory.shape, strides: &memory.strides });
+        let outputs = BackwardOutputs::of(&tensors.map(strides));
+        let launch = BackwardLaunch::new(problem, kernel, &outputs).expect("a small problem");
+        let buffers = tensors.map(encode);
+        let arguments = launch.arguments(&buffers.map(|buffer| buffer));
+        let run = bench.simulator().run(&pipeline, &arguments, &Dispatch::from(launch.grid));
+        run.map_err(|error| error.to_string())?;
+        let dtype_of = |memory: &&Memory| if let Element::Float(dtype) = memory.element { dtype } else { Dtype::F32 };
+        let dtypes = tensors.written(kernel.pass);
+        let results: Vec<Vec<f64>> = dtypes
+            .iter()
+            .map(dtype_of)
+            .zip(buffers.written(kernel.pass))
+            .map(|(dtype, buffer)| decode(dtype, buffer))
+            .collect();
+        if let Some(wrong) = small.judge(&results) {
             return Err(wrong);
         }
     }
