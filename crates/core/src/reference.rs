@@ -84,11 +84,21 @@ pub struct Gradients {
 /// When an input does not have the size that `problem` gives it.
 #[must_use]
 pub fn forward(problem: &Problem, inputs: &ReferenceInputs<'_>) -> Forward {
+    forward_part(problem, inputs, 0, 1)
+}
+
+/// The same for every `parts`-th row from row `part` on, for threads that share a large problem. Of other rows the output is
+/// 0 and the LSE infinite.
+///
+/// # Panics
+/// As [`forward`], and when there are no `parts`.
+#[must_use]
+pub fn forward_part(problem: &Problem, inputs: &ReferenceInputs<'_>, part: usize, parts: usize) -> Forward {
     let mut result = Forward {
         out: vec![0.0; problem.lengths.query_rows() * problem.query_heads * problem.value_dim],
         lse: vec![f64::INFINITY; problem.lengths.query_rows() * problem.query_heads],
     };
-    for row in rows(problem, inputs) {
+    for row in rows(problem, inputs).into_iter().skip(part).step_by(parts) {
         let scores = row.scores(problem, inputs);
         let Some(softmax) = Softmax::new(&scores, row.sink(inputs)) else { continue };
         result.lse[row.lse_index(problem)] = softmax.lse;

@@ -8,9 +8,12 @@
 //! - `--peer FILE`: the Python file of `mtlflashattn` 0.2.0 that holds its kernels
 //! - `--numerics`, `--timing`, `--tiles`, `--smoke`, `--profile`: only this part. `--smoke` is small, for
 //!   compute-sanitizer; `--profile` launches each kernel of the timing table three times, for ncu
+//! - `--backward-smoke`, `--backward-numerics`, `--backward-timing`: the same for the backward pass
 //! - `--only TEXT`: only kernels in whose line `TEXT` stands, the name of the shape included; several must all stand there
 #![allow(clippy::print_stdout, reason = "prints a report")]
 
+mod gradient_timing;
+mod gradients;
 mod numerics;
 mod peer;
 mod programs;
@@ -33,7 +36,7 @@ struct Arguments {
     programs: Option<PathBuf>,
     peer: Option<PathBuf>,
     translate: bool,
-    /// Names of parts; the numbers and the timing table if empty.
+    /// Names of parts; [`USUAL`] if empty.
     parts: Vec<String>,
     wanted: Wanted,
 }
@@ -48,7 +51,18 @@ impl Wanted {
     }
 }
 
-const PARTS: [&str; 5] = ["--smoke", "--numerics", "--timing", "--tiles", "--profile"];
+const PARTS: [&str; 8] = [
+    "--smoke",
+    "--numerics",
+    "--timing",
+    "--tiles",
+    "--profile",
+    "--backward-smoke",
+    "--backward-numerics",
+    "--backward-timing",
+];
+/// What is run if nothing is asked for.
+const USUAL: [&str; 4] = ["--numerics", "--timing", "--backward-numerics", "--backward-timing"];
 
 impl Arguments {
     fn parse() -> Result<Self, String> {
@@ -70,7 +84,7 @@ impl Arguments {
 
     fn wants(&self, part: &str) -> bool {
         if self.parts.is_empty() {
-            self.translate || ["--numerics", "--timing"].contains(&part)
+            self.translate || USUAL.contains(&part)
         } else {
             self.parts.iter().any(|wanted| wanted == part)
         }
@@ -119,6 +133,15 @@ fn run() -> Result<bool, String> {
     }
     if arguments.wants("--profile") {
         timing::profile(&programs, peer, wanted)?;
+    }
+    if arguments.wants("--backward-smoke") {
+        all_right &= gradients::run(&programs, &gradients::small_cases(), wanted)?;
+    }
+    if arguments.wants("--backward-numerics") {
+        all_right &= gradients::run(&programs, &gradients::large_cases(), wanted)?;
+    }
+    if arguments.wants("--backward-timing") {
+        gradient_timing::compare(&programs, wanted)?;
     }
     Ok(all_right)
 }

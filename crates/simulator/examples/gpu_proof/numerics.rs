@@ -17,25 +17,25 @@ use crate::{Wanted, tiles};
 
 /// A problem, and how much of the results is checked.
 pub struct Case {
-    dtype: Dtype,
+    pub dtype: Dtype,
     /// Query and key length of each sequence; several are packed.
-    lengths: Vec<(usize, usize)>,
-    key_heads: usize,
-    group: usize,
-    head_dim: usize,
-    causal: bool,
-    window: (i64, i64),
-    softcap: f64,
+    pub lengths: Vec<(usize, usize)>,
+    pub key_heads: usize,
+    pub group: usize,
+    pub head_dim: usize,
+    pub causal: bool,
+    pub window: (i64, i64),
+    pub softcap: f64,
     /// Only the scalar kernel; otherwise only the others.
-    scalar: bool,
+    pub scalar: bool,
     /// Rows that are compared with float64.
-    samples: usize,
+    pub samples: usize,
     /// Launches after the first one, whose results must be the same bit for bit.
-    repeats: usize,
+    pub repeats: usize,
 }
 
 /// The least problem of a case: one sequence, one head.
-fn case(dtype: Dtype, lengths: &[(usize, usize)], head_dim: usize) -> Case {
+pub fn case(dtype: Dtype, lengths: &[(usize, usize)], head_dim: usize) -> Case {
     Case {
         dtype,
         lengths: lengths.to_vec(),
@@ -158,20 +158,20 @@ impl std::fmt::Display for Case {
 }
 
 impl Case {
-    fn total(&self) -> (usize, usize) {
+    pub fn total(&self) -> (usize, usize) {
         self.lengths.iter().fold((0, 0), |(query, key), length| (query + length.0, key + length.1))
     }
 
-    fn packed(&self) -> bool {
+    pub fn packed(&self) -> bool {
         self.lengths.len() > 1
     }
 
-    fn query_heads(&self) -> usize {
+    pub fn query_heads(&self) -> usize {
         self.key_heads * self.group
     }
 
     /// The tensors are `[rows, heads, dim]`, contiguous.
-    fn problem(&self) -> Problem {
+    pub fn problem(&self) -> Problem {
         let (query_rows, key_rows) = self.total();
         let dim = self.head_dim as i64;
         let options = Options {
@@ -198,11 +198,13 @@ impl Case {
     }
 }
 
-struct Data {
-    q: Normals,
-    k: Normals,
-    v: Normals,
-    offsets: [Vec<i32>; 2],
+/// The inputs of a case.
+pub struct Data {
+    pub q: Normals,
+    pub k: Normals,
+    pub v: Normals,
+    /// Where sequences start and end in q, and in k and v.
+    pub offsets: [Vec<i32>; 2],
 }
 
 /// A row of q in a head, with its float64 result and bounds.
@@ -221,7 +223,7 @@ impl Sample {
 }
 
 impl Data {
-    fn new(case: &Case) -> Self {
+    pub fn new(case: &Case) -> Self {
         let mut random = Random(0x5eed);
         let (query_rows, key_rows) = case.total();
         let mut normals =
@@ -278,6 +280,14 @@ impl Data {
     }
 
     fn sample(&self, case: &Case, problem: &Problem, arithmetics: &[Arithmetic], row: usize, head: usize) -> Sample {
+        let Alone { problem, q, k, v } = self.alone(case, problem, row, head);
+        let inputs = ReferenceInputs { q: &q, k: &k, v: &v, ..ReferenceInputs::default() };
+        let bounds = |&arithmetic| (arithmetic, error_bounds_of(arithmetic, &problem, &inputs));
+        Sample { row, head, exact: forward(&problem, &inputs), bounds: arithmetics.iter().map(bounds).collect() }
+    }
+
+    /// A row of q in a head as a problem of its own.
+    pub fn alone(&self, case: &Case, problem: &Problem, row: usize, head: usize) -> Alone {
         let sequence = self.offsets[0].iter().rposition(|&start| start as usize <= row).unwrap_or(0);
         let sequence = sequence.min(case.lengths.len() - 1);
         let (query_len, key_len) = case.lengths[sequence];
@@ -288,20 +298,27 @@ impl Data {
             rows.flat_map(|row| tensor[(row * heads + head) * dim..][..dim].iter().copied()).collect()
         };
         let keys = first_key + visible.start..first_key + visible.end;
-        let q = gather(&self.q.exact, row..row + 1, case.query_heads(), head);
-        let k = gather(&self.k.exact, keys.clone(), case.key_heads, head / case.group);
-        let v = gather(&self.v.exact, keys, case.key_heads, head / case.group);
         let alone = Case { lengths: vec![(1, visible.len())], key_heads: 1, group: 1, causal: false, ..case.plain() };
-        let problem = alone.problem();
-        let inputs = ReferenceInputs { q: &q, k: &k, v: &v, ..ReferenceInputs::default() };
-        let bounds = |&arithmetic| (arithmetic, error_bounds_of(arithmetic, &problem, &inputs));
-        Sample { row, head, exact: forward(&problem, &inputs), bounds: arithmetics.iter().map(bounds).collect() }
+        Alone {
+            problem: alone.problem(),
+            q: gather(&self.q.exact, row..row + 1, case.query_heads(), head),
+            k: gather(&self.k.exact, keys.clone(), case.key_heads, head / case.group),
+            v: gather(&self.v.exact, keys, case.key_heads, head / case.group),
+        }
     }
+}
+
+/// One row of q with the keys that it sees.
+pub struct Alone {
+    pub problem: Problem,
+    pub q: Vec<f64>,
+    pub k: Vec<f64>,
+    pub v: Vec<f64>,
 }
 
 impl Case {
     /// The same problem without lengths and mask.
-    fn plain(&self) -> Self {
+    pub fn plain(&self) -> Self {
         Self { lengths: Vec::new(), window: (-1, -1), causal: false, ..*self }
     }
 }

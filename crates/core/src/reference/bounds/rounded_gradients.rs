@@ -24,6 +24,10 @@
 //! 6. *Rounding* to the output type, as in the parent module.
 //! 7. *Dropout* multiplies `d_out . v` in float32, and a rounded weight or what was summed of it, with three roundings.
 
+mod one_key;
+
+pub use one_key::{KeyGradients, key_gradients_of};
+
 use super::{
     Arithmetic, Bounds, ELEMENTARY, FLUSH, SECOND_ORDER, UNIT, dropout_roundings, gamma, round_to, score_bound,
     smallest_error, worst,
@@ -116,7 +120,7 @@ pub fn gradient_bounds_of(
     for row in rows(problem, inputs) {
         let scores = row.scores(problem, inputs);
         let Some(softmax) = Softmax::new(&scores, row.sink(inputs)) else { continue };
-        let errors = RowErrors::new(problem, &row, &exact, &softmax, upstream);
+        let errors = RowErrors::new(problem, &row, &exact, softmax.lse, upstream);
         let d_out = &upstream.d_out[row.out_range(problem)];
         for (score, &probability) in scores.iter().zip(&softmax.probabilities) {
             let (weight, d_score) = errors.of(arithmetic, problem, inputs, &row, score, probability, d_out);
@@ -160,7 +164,7 @@ struct RowErrors {
 }
 
 impl RowErrors {
-    fn new(problem: &Problem, row: &Row, exact: &Forward, softmax: &Softmax, upstream: &Upstream<'_>) -> Self {
+    fn new(problem: &Problem, row: &Row, exact: &Forward, lse: f64, upstream: &Upstream<'_>) -> Self {
         let range = row.out_range(problem);
         let d_out = &upstream.d_out[range.clone()];
         let (out, out_errors) = (&exact.out[range.clone()], &upstream.forward.out[range]);
@@ -170,7 +174,7 @@ impl RowErrors {
         let delta = dot(d_out, out) - d_lse;
         let rounded = gamma(problem.value_dim + 4) * (magnitude + given) + 2.0 * UNIT * (d_lse.abs() + delta.abs());
         Self {
-            lse: Approximate { value: softmax.lse, error: upstream.forward.lse[row.lse_index(problem)] },
+            lse: Approximate { value: lse, error: upstream.forward.lse[row.lse_index(problem)] },
             delta: Approximate { value: delta, error: SECOND_ORDER * (given + rounded) },
         }
     }
