@@ -50,7 +50,8 @@ def main() -> None:
         tables.two_threads(options.seconds, options.only),
     ]
     if not options.only:
-        sections += [overhead.table(options.seconds), memory.table()]
+        sections += [overhead.table(options.seconds), overhead.patch_table(options.seconds)]
+        sections.append(memory.table())
     figures: dict[str, Any] = {}
     for section in sections:
         figures[section.title] = section.show()

@@ -1,10 +1,14 @@
 """What a call costs beyond the arithmetic: the smallest problem, many times."""
 
+from __future__ import annotations
+
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
-from metal_flash_attn import flash_attn_func
-from torch.nn.functional import scaled_dot_product_attention as sdpa
+from metal_flash_attn import flash_attn_func, sdpa
+from torch.nn import functional
 
 from .report import Section
 from .timing import interleave
@@ -24,7 +28,7 @@ def table(seconds: float) -> Section:
 
     def repeat_peer() -> None:
         for _ in range(CALLS):
-            sdpa(tq, tk, tv)
+            functional.scaled_dot_product_attention(tq, tk, tv)
 
     ours, peer = interleave([repeat_ours, repeat_peer], time.thread_time, seconds, rounds=21)
     section = Section("Call overhead, 1x16x1x64 float32", ["", "torch", "ours", "ours / torch"])
@@ -36,4 +40,27 @@ def table(seconds: float) -> Section:
             f"{ours / peer:.2f} (target 0.50)",
         ]
     )
+    return section
+
+
+def patch_table(seconds: float) -> Section:
+    """CPU time that the patch of torch's attention adds to a call that falls through."""
+    torch.set_num_threads(1)
+    q = torch.randn(1, 1, 4, 8)
+    stock = functional.scaled_dot_product_attention
+    title = "scaled_dot_product_attention that falls through, 1x1x4x8 float32"
+    section = Section(title, ["us a call", "torch", "patched", "added (target 2)"])
+    for name, cpu in (("device not served", False), ("gates asked", True)):
+        with sdpa.patched(cpu=cpu):
+            assert not sdpa.explain(q, q, q).serves
+
+            def repeat(function: Callable[..., object]) -> None:
+                for _ in range(CALLS):
+                    function(q, q, q)
+
+            patched = functional.scaled_dot_product_attention
+            runs = [partial(repeat, stock), partial(repeat, patched)]
+            without, with_patch = interleave(runs, time.thread_time, seconds, rounds=21)
+        microseconds = [x / CALLS * 1e6 for x in (without, with_patch, with_patch - without)]
+        section.rows.append([name, *(f"{x:.2f}" for x in microseconds)])
     return section

@@ -530,7 +530,7 @@ def test_cpu_gates(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_forms_that_are_shut_are_remembered_within_bounds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sdpa, "_MOST_FORMS", 3)
+    monkeypatch.setattr(_gates, "MOST_FORMS", 3)
     sdpa.install(cpu=True)
     assert _state.patch is not None
     assert _state.patch.cpu is not None
@@ -541,6 +541,57 @@ def test_forms_that_are_shut_are_remembered_within_bounds(
     with torch.autocast("cpu", torch.bfloat16):
         functional.scaled_dot_product_attention(q, q, q)
     assert len(_state.patch.cpu.shut) == 1
+
+
+def test_forms_tell_apart_whatever_gates_look_at() -> None:
+    forms = _native.ShutForms(100)
+    q = torch.randn(2, 4, 6, 8)
+    mask = torch.ones(6, 6).bool()
+    none: dict[str, Any] = {}
+    forms.add(q, q, q, (), none)
+    for options, named in (((None, 0.0, False), none), ((), {"scale": 2.0, "attn_mask": None})):
+        assert forms.holds(q.clone(), q, q, options, named)
+    wider, half, strided = q.repeat(1, 1, 1, 2), q.half(), q.mT.contiguous().mT
+    others: list[tuple[Tensor, Tensor, Tensor, tuple[Any, ...], dict[str, Any]]] = [
+        (wider, q, q, (), none),
+        (q, wider, q, (), none),
+        (q, q, wider, (), none),
+        (half, q, q, (), none),
+        (q, half, q, (), none),
+        (q, q, half, (), none),
+        (q[0], q[0], q[0], (), none),
+        (strided, q, q, (), none),
+        (q, q, q, (mask,), none),
+        (q, q, q, (), {"attn_mask": mask.float()}),
+        (q, q, q, (None, 0.0, True), none),
+        (q, q, q, (), {"enable_gqa": True}),
+    ]
+    for arguments in others:
+        assert not forms.holds(*arguments)
+        before = len(forms)
+        forms.add(*arguments)
+        assert len(forms) == before + 1, "each of them is a form"
+    assert forms.holds(q, q, q, (), {"is_causal": True})
+
+
+def test_what_has_no_form_is_never_remembered() -> None:
+    forms = _native.ShutForms(100)
+    q = torch.randn(2, 4, 6, 8)
+    odd: list[tuple[Any, Any, Any, tuple[Any, ...], dict[str, Any]]] = [
+        (torch.nn.Parameter(q), q, q, (), {}),
+        (q, None, "v", (), {}),
+        (q, q, q, ("mask",), {}),
+        (q, q, q, (None, 0.0, 1), {}),
+        (q, q, q, (), {"enable_gqa": None}),
+        (q.to("meta"), q, q, (), {}),
+        (q.to_sparse(), q, q, (), {}),
+    ]
+    for arguments in odd:
+        forms.add(*arguments)
+        assert not forms.holds(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        forms.add(q, q, q, (), {})
+    assert len(forms) == 0
 
 
 def overhead_us(arguments: tuple[Tensor, ...], rounds: int = 25, calls: int = 400) -> float:

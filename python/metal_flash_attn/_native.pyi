@@ -6,6 +6,7 @@ from typing_extensions import Self
 
 __all__ = [
     "Plan",
+    "ShutForms",
     "Trace",
     "TraceEntry",
     "_SimulatedLibrary",
@@ -145,6 +146,36 @@ def sdpa(
     `out_layout` is how out `[B, H, Lq, Dv]` lies in memory: "like_query" as `torch.empty_like(q)`,
     "contiguous" or "tokens_first".
     """
+
+@final
+class ShutForms:
+    """Forms of scaled_dot_product_attention calls that are known to be torch's, at most `most`.
+
+    A form is whatever decides whether shapes are served and a gate opens: shapes, dtypes, whether
+    there is a mask and of which dtype, `is_causal`, `enable_gqa`, whether query is contiguous.
+    Calls under autocast, with subclasses or with odd arguments have none.
+    """
+
+    def __new__(cls, most: int) -> Self: ...
+    def __len__(self) -> int: ...
+    def holds(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        options: tuple[Any, ...],
+        named: dict[str, Any],
+    ) -> bool:
+        """Whether the form of this call is among them; options as torch's, by place and by name."""
+    def add(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        options: tuple[Any, ...],
+        named: dict[str, Any],
+    ) -> None:
+        """Adds the form of a call; all others are forgotten when there are too many."""
 
 def sdpa_settings() -> tuple[str, float, int, int]:
     """`MTLFLASHATTN_SDPA`, and `_MIN_GB`, `_MIN_SEQ` and `_FAST_MIN_SEQ` of it."""

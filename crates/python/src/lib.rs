@@ -25,6 +25,7 @@ mod plans;
 mod probe;
 mod probes;
 mod settings;
+mod shut;
 mod simulated;
 mod tensor;
 mod torch;
@@ -58,6 +59,8 @@ mod _native {
     use super::probes::_probes;
     #[pymodule_export]
     use super::settings::{_pretend_mps, sdpa_settings};
+    #[pymodule_export]
+    use super::shut::ShutForms;
     #[pymodule_export]
     use super::simulated::{SimulatedLibrary, SimulatedPipeline};
     #[pymodule_export]

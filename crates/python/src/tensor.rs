@@ -11,7 +11,7 @@ use crate::dlpack::{self, DlTensor, Exchange};
 pub const MAX_DIMS: usize = 5;
 
 /// Element types that some argument takes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Element {
     Float(Dtype),
     Int32,
@@ -56,7 +56,7 @@ impl Element {
 }
 
 /// Where a tensor lives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Place {
     Cpu,
     /// An Apple GPU, as torch's `mps` device.
@@ -105,6 +105,11 @@ impl View {
         &self.strides[..self.rank]
     }
 
+    /// The shape with zeros behind it.
+    pub const fn padded_shape(&self) -> [i64; MAX_DIMS] {
+        self.shape
+    }
+
     /// The same as the core describes it.
     pub fn meta(&self, dtype: Dtype) -> TensorMeta<'_> {
         TensorMeta { dtype, shape: self.shape(), strides: self.strides() }
@@ -124,6 +129,17 @@ impl View {
     pub fn has_contiguous_rows(&self) -> bool {
         let last = self.rank.wrapping_sub(1);
         self.rank == 0 || self.shape[last] <= 1 || self.strides[last] == 1
+    }
+
+    /// `tensor.is_contiguous()`.
+    pub fn is_contiguous(&self) -> bool {
+        let mut expected = 1;
+        self.is_empty()
+            || self.shape().iter().zip(self.strides()).rev().all(|(&size, &stride)| {
+                let here = expected;
+                expected *= size;
+                size == 1 || stride == here
+            })
     }
 
     /// The same, as `.contiguous()` would lay it out if rows are not contiguous.

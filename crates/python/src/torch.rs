@@ -16,6 +16,7 @@ pub struct Torch {
     float32: Py<PyAny>,
     get_num_threads: Py<PyAny>,
     is_grad_enabled: Py<PyAny>,
+    is_any_autocast_enabled: Py<PyAny>,
     function_mode_enabled: Py<PyAny>,
     dispatch_mode_count: Py<PyAny>,
     tracing_state: Py<PyAny>,
@@ -45,6 +46,7 @@ impl Torch {
             float32: torch.getattr("float32")?.unbind(),
             get_num_threads: torch.getattr("get_num_threads")?.unbind(),
             is_grad_enabled: torch.getattr("is_grad_enabled")?.unbind(),
+            is_any_autocast_enabled: internals.getattr("_is_any_autocast_enabled")?.unbind(),
             function_mode_enabled: internals.getattr("_is_torch_function_mode_enabled")?.unbind(),
             dispatch_mode_count: internals.getattr("_len_torch_dispatch_stack")?.unbind(),
             tracing_state: internals.getattr("_get_tracing_state")?.unbind(),
@@ -56,6 +58,11 @@ impl Torch {
     pub fn is_plain(&self, object: &Bound<'_, PyAny>) -> bool {
         let object_type = object.get_type_ptr();
         object_type == self.tensor.as_ptr().cast() || object_type == self.parameter.as_ptr().cast()
+    }
+
+    /// Whether `object` is a `torch.Tensor` and of no subclass, not even a `Parameter`.
+    pub fn is_tensor_itself(&self, object: &Bound<'_, PyAny>) -> bool {
+        object.get_type_ptr() == self.tensor.as_ptr().cast()
     }
 
     /// Whether `object` is a tensor, or something that stands in for one (`__torch_function__`, as `torch.fx.Proxy`).
@@ -77,6 +84,11 @@ impl Torch {
     /// `torch.is_grad_enabled()`.
     pub fn is_grad_enabled(&self, py: Python<'_>) -> PyResult<bool> {
         self.is_grad_enabled.bind(py).call0()?.is_truthy()
+    }
+
+    /// Whether autocast is on for any device.
+    pub fn is_any_autocast_enabled(&self, py: Python<'_>) -> PyResult<bool> {
+        self.is_any_autocast_enabled.bind(py).call0()?.is_truthy()
     }
 
     /// `tensor.is_neg()`: whether memory holds the values with the wrong sign.

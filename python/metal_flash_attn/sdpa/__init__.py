@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from metal_flash_attn import _native
 
-from ._call import attend, examine, form_of, raise_masked_causal
+from ._call import attend, examine, raise_masked_causal
 from ._gates import AlwaysOpen, CpuGates, Decision, Gates, MpsGates, Thresholds
 from ._operator import STOCK, warn_of_fallback
 from ._stock import version_of
@@ -56,9 +56,6 @@ class _State:
 
 _state = _State()
 
-_MOST_FORMS = 4096
-"""Lengths that never come again must not fill the memory."""
-
 
 def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, *options: Any, **named: Any
@@ -71,7 +68,10 @@ def scaled_dot_product_attention(
     # Not one call more than needed: most calls fall through here.
     if patch is not None and type(query) is Tensor:
         gates = patch.mps if query.is_mps else patch.cpu if query.is_cpu else None
-        if gates is not None:
+        # Tracing must not see the memory of forms: what it compiles holds for other lengths, too.
+        if gates is not None and (
+            is_dynamo_compiling() or not gates.shut.holds(query, key, value, options, named)
+        ):
             served = _serve(gates, query, key, value, *options, **named)
             if served is not None:
                 return served
@@ -99,23 +99,20 @@ def _serve(
     # fmt: off
     if is_dynamo_compiling():
         return _attend(
-            gates, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, None
+            gates, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         )
     try:
-        form = form_of(query, key, value, attn_mask, is_causal, enable_gqa)
-        if form in gates.shut:
-            return None
-    except (AttributeError, RuntimeError, TypeError):
-        # Nested tensors have no shape; other arguments may be anything.
-        return None
-    try:
         return _attend(
-            gates, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, form
+            gates, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         )
     except Exception as error:  # Whatever it is, torch must serve.
         warn_of_fallback(error)
         return None
     # fmt: on
+
+
+_OF_THE_FORM = frozenset({"shape", "dtype", "thresholds"})
+"""Gates that decide by what `_native.ShutForms` takes for the form of a call, and nothing else."""
 
 
 def _attend(
@@ -128,7 +125,6 @@ def _attend(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
-    form: object,
 ) -> Tensor | None:
     """Like `_serve`, and may raise; remembers forms that are not served."""
     # fmt: off
@@ -137,10 +133,9 @@ def _attend(
     )
     # fmt: on
     if call is None:
-        if form is not None and decision.gate in {"shape", "thresholds"}:
-            if len(gates.shut) >= _MOST_FORMS:
-                gates.shut.clear()
-            gates.shut.add(form)
+        if decision.gate in _OF_THE_FORM and not is_dynamo_compiling():
+            options = (attn_mask, dropout_p, is_causal)
+            gates.shut.add(query, key, value, options, {"enable_gqa": enable_gqa})
         return None
     return attend(gates, query, key, value, attn_mask, is_causal, scale, call)
 

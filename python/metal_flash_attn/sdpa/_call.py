@@ -93,30 +93,6 @@ def examine(
     return (decision, call) if refusal is None else (refusal, None)
 
 
-def form_of(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, is_causal: Any, enable_gqa: Any
-) -> object:
-    """Whatever decides whether the shapes are served and a gate opens, as the key of a set.
-
-    None where more does: autocast. May raise for what has no shape or dtype.
-    """
-    if _is_any_autocast_enabled():
-        return None
-    return (
-        query.shape,
-        key.shape,
-        value.shape,
-        query.dtype,
-        None if attn_mask is None else attn_mask.dtype,
-        is_causal,
-        enable_gqa,
-        query.is_contiguous(),
-    )
-
-
-_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
-
-
 def raise_masked_causal(gates: Gates, attn_mask: object, is_causal: object) -> None:
     """Raises torch's error where stock torch would end the process instead."""
     if gates.masked_causal_aborts and attn_mask is not None and is_causal is True:

@@ -15,6 +15,9 @@ from metal_flash_attn.interface import plan
 from ._operator import STOCK
 from ._stock import GRAPH, HALF, LONG_HALF, MASKED_CAUSAL_ABORTS, Call, Stock, Version
 
+MOST_FORMS = 4096
+"""Lengths that never come again must not fill the memory."""
+
 _FAST_TIERS: Final = ("tensorops", "tensorops-staged")
 
 
@@ -55,7 +58,7 @@ class Gates(Protocol):
 
     masked_causal_aborts: bool
     """Whether stock torch ends the process where it should raise an error."""
-    shut: set[object]
+    shut: _native.ShutForms
     """Forms of calls that are known not to be served."""
 
     def decide(self, call: Call) -> Decision:
@@ -75,7 +78,7 @@ class AlwaysOpen:
     def __init__(self, device: Gates) -> None:
         """Leaves everything but the decision to the gates of `device`."""
         self.masked_causal_aborts = device.masked_causal_aborts
-        self.shut: set[object] = set()
+        self.shut = _native.ShutForms(MOST_FORMS)
         self.out_layout = device.out_layout
 
     def decide(self, call: Call) -> Decision:
@@ -95,7 +98,7 @@ class MpsGates:
     def __init__(self, thresholds: Thresholds, version: Version) -> None:
         """Prepares the decisions, which calls only hand out."""
         self.masked_causal_aborts = version < MASKED_CAUSAL_ABORTS
-        self.shut: set[object] = set()
+        self.shut = _native.ShutForms(MOST_FORMS)
         self._stock = Stock(version)
         self._thresholds = thresholds
         self._min_score_bytes = int(thresholds.min_score_gb * 2**30)
@@ -184,7 +187,7 @@ class CpuGates:
     def __init__(self) -> None:
         """Finds out whether this machine is like those that were measured."""
         self.masked_causal_aborts = False
-        self.shut: set[object] = set()
+        self.shut = _native.ShutForms(MOST_FORMS)
         self._flash_layout = _flash_layout()
         self._is_measured = _native.instruction_sets()[-1] in ("avx2", "avx512")
         self._in_matrix_unit = _matrix_unit_dtypes()
