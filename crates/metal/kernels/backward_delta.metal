@@ -54,7 +54,8 @@ kernel void attention_backward_delta(
 #if LSE_GRADIENT
         delta -= d_lse[at];
 #endif
-        const bool sees_nothing = as_type<uint>(natural) == POSITIVE_INFINITY;
+        // Negative infinity: callers who merge results begin with it.
+        const bool sees_nothing = (as_type<uint>(natural) & 0x7fffffffu) == POSITIVE_INFINITY;
         states[at] = sees_nothing ? RowState(-LOWEST, 0.0f) : RowState(natural * LOG2_E, delta);
     }
 }
