@@ -55,7 +55,7 @@ def differentiate(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Ten
     """Gradients that Metal kernels must compute."""
     leaves = wants_gradients(*inputs)
     with trace() as calls:
-        results = torch.autograd.grad(function(*leaves), leaves, D_OUT)
+        results: tuple[Tensor, ...] = torch.autograd.grad(function(*leaves), leaves, D_OUT)
     assert {entry.tier for entry in calls.calls if entry.backward} == {"simdgroup"}
     return results
 
@@ -84,9 +84,7 @@ def test_every_way_leads_to_the_same_gradients() -> None:
 
     compiled = torch.compile(causal, fullgraph=True, backend="aot_eager")
     assert same(differentiate(compiled, Q, K, V))
-    assert same(
-        differentiate(lambda *t: checkpoint(causal, *t, use_reentrant=False), Q, K, V)  # type: ignore[arg-type, return-value]
-    )
+    assert same(differentiate(lambda *t: checkpoint(causal, *t, use_reentrant=False), Q, K, V))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert same(differentiate(causal, Q, K, V))
     d_q, d_kv = differentiate(
