@@ -25,7 +25,9 @@ and the simdgroup kernel rounds weights to the type of v before it multiplies th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -166,20 +168,22 @@ def packed_attention(
     out, out_bound = torch.zeros(2, *shape, dtype=torch.float64)
     lse, lse_bound = torch.zeros(2, q.shape[1], q.shape[0], dtype=torch.float64)
     lse[:] = torch.inf
-    slopes = rules.alibi_slopes
-    for index in range(len(cu_q) - 1):
-        rows, keys = slice(cu_q[index], cu_q[index + 1]), slice(cu_k[index], cu_k[index + 1])
-        own = slopes[index] if slopes is not None and slopes.dim() == 2 else slopes
-        part = attention(
-            q[None, rows],
-            k[None, keys],
-            v[None, keys],
-            Rules(**{**vars(rules), "alibi_slopes": own}),
-            arithmetic,
-        )
+    for rows, keys, own in _sequences(cu_q, cu_k, rules):
+        part = attention(q[None, rows], k[None, keys], v[None, keys], own, arithmetic)
         out[rows], out_bound[rows] = part.out[0], part.out_bound[0]
         lse[:, rows], lse_bound[:, rows] = part.lse[0], part.lse_bound[0]
     return Reference(out, lse, out_bound, lse_bound)
+
+
+def _sequences(
+    cu_q: list[int], cu_k: list[int], rules: Rules
+) -> Iterator[tuple[slice, slice, Rules]]:
+    """Rows of q and of k of each ragged sequence, with its rules."""
+    slopes = rules.alibi_slopes
+    for index, ends in enumerate(zip(pairwise(cu_q), pairwise(cu_k), strict=True)):
+        own = slopes[index] if slopes is not None and slopes.dim() == 2 else slopes
+        rows, keys = (slice(*pair) for pair in ends)
+        yield rows, keys, replace(rules, alibi_slopes=own)
 
 
 def _scores(q: Tensor, k: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
@@ -389,17 +393,14 @@ def packed_gradients(
         {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in names.items()}
         for _ in range(2)
     )
-    slopes = rules.alibi_slopes
-    for index in range(len(cu_q) - 1):
-        rows, keys = slice(cu_q[index], cu_q[index + 1]), slice(cu_k[index], cu_k[index + 1])
-        slope = slopes[index] if slopes is not None and slopes.dim() == 2 else slopes
+    for rows, keys, per_sequence in _sequences(cu_q, cu_k, rules):
         part = gradients(
             q[None, rows],
             k[None, keys],
             v[None, keys],
             d_out[None, rows],
             None if d_lse is None else d_lse[None, :, rows],
-            Rules(**{**vars(rules), "alibi_slopes": slope}),
+            per_sequence,
             arithmetic,
             own,
         )

@@ -22,8 +22,15 @@ from metal_flash_attn import (
     plan,
     trace,
 )
+from problems import (
+    DTYPES,
+    dense_problems,
+    keywords,
+    packed_problems,
+    strided,
+    strides_of_result,
+)
 from reference import Rules, gradients, packed_gradients
-from test_interface import DTYPES, all_rules, heads_and_dims, keywords, offsets, strided
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from ways import Way, random_gradients, ways
@@ -44,19 +51,12 @@ def backward_tiers(run: Callable[[], object]) -> set[str]:
 @random_gradients
 def test_dense_gradients_are_exact(way: Way, data: st.DataObject) -> None:
     draw: Any = data.draw
-    lengths = st.integers(1, way.at_most(150))
-    batch, query_len, key_len = draw(st.tuples(st.integers(1, 3), lengths, lengths))
-    key_heads, group, dim = draw(heads_and_dims(way))
-    dtype = draw(st.sampled_from(DTYPES))
-    q, k, v = (
-        strided(draw, way.put(torch.randn(batch, length, heads, dim).to(dtype)))
-        for length, heads in [(query_len, key_heads * group), *[(key_len, key_heads)] * 2]
-    )
-    rules = draw(all_rules(batch, q.shape[2]))
-    d_out = strided(draw, way.put(torch.randn(*q.shape).to(dtype)))
-    d_lse = draw(st.sampled_from([None, way.put(torch.randn(batch, q.shape[2], query_len))]))
+    q, k, v, rules = draw(dense_problems(way))
+    batch, query_len, heads, _ = q.shape
+    d_out = strided(draw, way.put(torch.randn(*q.shape).to(q.dtype)))
+    d_lse = draw(st.sampled_from([None, way.put(torch.randn(batch, heads, query_len))]))
     here: Any = [None if t is None else t.cpu() for t in (q, k, v, d_out, d_lse)]
-    exact = gradients(*here, rules, way.arithmetic(dtype), way.backward_arithmetic(dtype))
+    exact = gradients(*here, rules, way.arithmetic(q.dtype), way.backward_arithmetic(q.dtype))
     leaves = wants_gradients(q, k, v)
     with way.serves(draw(st.integers(1, 200))):
         options = keywords(way, rules)
@@ -69,33 +69,23 @@ def test_dense_gradients_are_exact(way: Way, data: st.DataObject) -> None:
     assert {entry.tier for entry in calls.calls if entry.backward} == {way.backward_tier}
     exact.check(q=d_q, k=d_k, v=d_v)
     for gradient, tensor in zip((d_q, d_k, d_v), (q, k, v), strict=True):
-        like = tensor if tensor.stride(-1) == 1 or dim == 1 else tensor.contiguous()
-        assert gradient.stride() == torch.empty_like(like).stride()
-        assert gradient.dtype == dtype
+        assert gradient.stride() == strides_of_result(tensor)
+        assert gradient.dtype == q.dtype
 
 
 @random_gradients
 def test_packed_gradients_are_exact(way: Way, data: st.DataObject) -> None:
     draw: Any = data.draw
-    batch = draw(st.integers(1, 4))
-    key_heads, group, dim = draw(heads_and_dims(way))
-    cu_q, query_rows, longest_q = draw(offsets(way, batch))
-    cu_k, key_rows, longest_k = draw(offsets(way, batch))
-    dtype = draw(st.sampled_from(DTYPES))
-    q, k, v = (
-        strided(draw, way.put(torch.randn(rows, heads, dim).to(dtype)))
-        for rows, heads in [(query_rows, key_heads * group), *[(key_rows, key_heads)] * 2]
-    )
-    rules = draw(all_rules(batch, q.shape[1]))
-    d_out = way.put(torch.randn(*q.shape).to(dtype))
+    q, k, v, cu_q, cu_k, longest, rules = draw(packed_problems(way))
+    d_out = way.put(torch.randn(*q.shape).to(q.dtype))
     tensors: Any = [t.cpu() for t in (q, k, v, d_out)]
     exact = packed_gradients(
-        *tensors, None, cu_q, cu_k, rules, way.arithmetic(dtype), way.backward_arithmetic(dtype)
+        *tensors, None, cu_q, cu_k, rules, way.arithmetic(q.dtype), way.backward_arithmetic(q.dtype)
     )
     where: Any = [way.put(torch.tensor(cu, dtype=torch.int32)) for cu in (cu_q, cu_k)]
     leaves = wants_gradients(q, k, v)
     with way.serves(draw(st.integers(1, 200))):
-        out = flash_attn_varlen_func(*leaves, *where, longest_q, longest_k, **keywords(way, rules))
+        out = flash_attn_varlen_func(*leaves, *where, *longest, **keywords(way, rules))
     with way.backward():
         d_q, d_k, d_v = torch.autograd.grad(out, leaves, d_out)
     exact.check(q=d_q, k=d_k, v=d_v)

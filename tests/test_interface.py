@@ -25,86 +25,34 @@ from metal_flash_attn import (
     plan,
     trace,
 )
+from problems import (
+    DTYPES,
+    all_rules,
+    dense_problems,
+    heads_and_dims,
+    keywords,
+    offsets,
+    packed_problems,
+    strided,
+    strides_of_result,
+)
 from reference import Rules, packed_attention
 from reference import attention as exact_attention
 from torch import Tensor
 from ways import Way, random_problems, ways
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def strided(draw: st.DrawFn, tensor: Tensor) -> Tensor:
-    """The same values behind other strides."""
-    kind = draw(st.sampled_from(["contiguous", "heads first", "padded", "every other", "column"]))
-    match kind:
-        case "heads first":
-            return tensor.transpose(-3, -2).contiguous().transpose(-3, -2)
-        case "padded":
-            return torch.nn.functional.pad(tensor, (1, 2))[..., 1:-2]
-        case "every other":
-            return tensor.repeat_interleave(2, dim=-3)[..., ::2, :, :]
-        case "column":
-            return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
-        case _:
-            return tensor
-
-
-@st.composite
-def all_rules(draw: st.DrawFn, batch: int, heads: int) -> Rules:
-    """Rules that flash_attn can express."""
-    bound = st.one_of(st.just(-1), st.integers(-3, 40))
-    slopes = draw(st.sampled_from([None, (heads,), (batch, heads)]))
-    return Rules(
-        causal=draw(st.booleans()),
-        window=(draw(bound), draw(bound)),
-        scale=draw(st.sampled_from([None, 0.3, 1.0, -0.2, 0.0])),
-        softcap=draw(st.sampled_from([0.0, 0.0, 1.5, 20.0])),
-        alibi_slopes=None if slopes is None else torch.rand(slopes),
-    )
-
-
-def keywords(way: Way, rules: Rules) -> dict[str, Any]:
-    slopes = rules.alibi_slopes
-    return {
-        "softmax_scale": rules.scale,
-        "causal": rules.causal,
-        "window_size": rules.window,
-        "softcap": rules.softcap,
-        "alibi_slopes": None if slopes is None else way.put(slopes),
-    }
-
-
-@st.composite
-def heads_and_dims(draw: st.DrawFn, way: Way) -> tuple[int, int, int]:
-    """Heads of k, query heads for each of them, head dimension."""
-    usual = [1, 8, 40, 64, 80, 128, 256, 300]
-    if way.is_simulated:
-        # Every head dimension is a kernel of its own, which takes a second to compile.
-        return draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from(usual[:6]))
-    dim = draw(st.one_of(st.sampled_from(usual), st.integers(1, 70)))
-    return draw(st.integers(1, 3)), draw(st.integers(1, 4)), dim
-
 
 @random_problems
 def test_dense_functions_are_exact(way: Way, data: st.DataObject) -> None:
     draw: Any = data.draw
-    lengths = st.integers(1, way.at_most(150))
-    batch, query_len, key_len = draw(st.tuples(st.integers(1, 3), lengths, lengths))
-    key_heads, group, dim = draw(heads_and_dims(way))
-    dtype = draw(st.sampled_from(DTYPES))
-    q, k, v = (
-        strided(draw, way.put(torch.randn(batch, length, heads, dim).to(dtype)))
-        for length, heads in [(query_len, key_heads * group), *[(key_len, key_heads)] * 2]
-    )
-    rules = draw(all_rules(batch, q.shape[2]))
-    exact = exact_attention(q.cpu(), k.cpu(), v.cpu(), rules, way.arithmetic(dtype))
+    q, k, v, rules = draw(dense_problems(way))
+    exact = exact_attention(q.cpu(), k.cpu(), v.cpu(), rules, way.arithmetic(q.dtype))
     options = keywords(way, rules)
     with way.serves(draw(st.integers(1, 200))):
         out, lse, empty = flash_attn_func(q, k, v, return_attn_probs=True, **options)
         exact.check(out, lse)
-        like = q if q.stride(-1) == 1 or dim == 1 else q.contiguous()
-        assert out.stride() == torch.empty_like(like).stride()
-        assert (empty.numel(), out.dtype, out.device) == (0, dtype, q.device)
+        assert out.stride() == strides_of_result(q)
+        assert (empty.numel(), out.dtype, out.device) == (0, q.dtype, q.device)
         kv = torch.stack([k, v], dim=2)
         packed = flash_attn_kvpacked_func(q, kv, return_attn_probs=True, **options)
         exact.check(*checked(packed))
@@ -132,37 +80,17 @@ def test_qkvpacked_is_exact(way: Way, data: st.DataObject) -> None:
         assert out.stride() == torch.empty_like(qkv[:, :, 0]).stride()
 
 
-@st.composite
-def offsets(draw: st.DrawFn, way: Way, batch: int) -> tuple[list[int], int, int]:
-    """Offsets of ragged, sometimes empty sequences; rows in all; the longest length."""
-    length = st.integers(0, way.at_most(70))
-    lengths = draw(st.lists(length, min_size=batch, max_size=batch))
-    start = draw(st.integers(0, 3))
-    ends = [start + sum(lengths[: i + 1]) for i in range(batch)]
-    total = ends[-1] + draw(st.integers(0, 5)) if ends else start + draw(st.integers(0, 5))
-    return [start, *ends], total, max(lengths, default=0) + draw(st.integers(0, 9))
-
-
 @random_problems
 def test_varlen_functions_are_exact(way: Way, data: st.DataObject) -> None:
     draw: Any = data.draw
-    batch = draw(st.integers(0, 4))
-    cu_q, total_q, max_q = draw(offsets(way, batch))
-    cu_k, total_k, max_k = draw(offsets(way, batch))
-    key_heads, group, dim = draw(heads_and_dims(way))
-    dtype = draw(st.sampled_from(DTYPES))
-    q, k, v = (
-        strided(draw, way.put(torch.randn(total, heads, dim).to(dtype)))
-        for total, heads in [(total_q, key_heads * group), *[(total_k, key_heads)] * 2]
-    )
-    rules = draw(all_rules(batch, q.shape[1]))
-    exact = packed_attention(q.cpu(), k.cpu(), v.cpu(), cu_q, cu_k, rules, way.arithmetic(dtype))
-    lengths = (*(way.put(torch.tensor(cu, dtype=torch.int32)) for cu in (cu_q, cu_k)), max_q, max_k)
+    q, k, v, cu_q, cu_k, longest, rules = draw(packed_problems(way, least_batch=0))
+    exact = packed_attention(q.cpu(), k.cpu(), v.cpu(), cu_q, cu_k, rules, way.arithmetic(q.dtype))
+    lengths = (*(way.put(torch.tensor(cu, dtype=torch.int32)) for cu in (cu_q, cu_k)), *longest)
     options = {"return_attn_probs": True, **keywords(way, rules)}
     with way.serves(draw(st.integers(1, 90))):
         out, lse, empty = flash_attn_varlen_func(q, k, v, *lengths, **options)
         exact.check(out, lse)
-        assert (empty.numel(), out.dtype, out.device) == (0, dtype, q.device)
+        assert (empty.numel(), out.dtype, out.device) == (0, q.dtype, q.device)
         kv = torch.stack([k, v], dim=1)
         packed = flash_attn_varlen_kvpacked_func(q, kv, *lengths, **options)
         exact.check(*checked(packed))
