@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
-from metal_flash_attn._cli import main
+from metal_flash_attn._cli import READER_GONE, main
 
 M3_MAX = shlex.split("plan --gpu m3-max --macos 26.2 --torch 2.15")
 CALL = shlex.split("--dtype f16 --q 1x8192x16x64 --k 1x8192x4x64 --causal")
@@ -276,3 +277,20 @@ def test_the_module_runs() -> None:
     )
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert '--dtype is "f8"; allowed: f16, bf16, f32' in wrong.stderr
+
+
+def test_a_reader_that_leaves_gets_no_traceback() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "metal_flash_attn", *M3_MAX, *CALL, "--json"],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (READER_GONE, "")

@@ -14,6 +14,9 @@ from typing import Any
 from . import _doctor, _doctor_text
 from ._progress import Bar
 
+READER_GONE = 128 + 13
+"""What shells report of a program that SIGPIPE ends, as in `doctor --json | head -1`."""
+
 _PLAN_EXAMPLE = (
     "example: python -m metal_flash_attn plan --gpu m3-max --macos 26.2 --torch 2.15 --dtype f16 "
     "--q 1x8192x16x64 --k 1x8192x4x64 --causal"
@@ -260,7 +263,22 @@ def _answer(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; wrong arguments end the process with status 2, as argparse does."""
+    """Runs the command line; wrong arguments end the process with status 2, as argparse does.
+
+    Returns:
+        The status of the command; `READER_GONE` where nobody reads the output any more.
+    """
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more when it ends, and would say that it could not.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
+    return status
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     options = vars(parser.parse_args(arguments))
     command, run = options["command"], options["run"]
