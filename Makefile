@@ -7,10 +7,10 @@ export HF_HUB_OFFLINE := 1
 
 # Kernels, stand-in headers and the simulator's runtime are compiled in, too.
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates -type f)
-PYTHON_FOLDERS := python tests bench demo mtlflashattn.data
+PYTHON_FOLDERS := python tests bench demo scripts mtlflashattn.data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clang build demo test test-rust test-python test-neon mutants counters gpu-proof lint check-macos format docs links bench clean
+.PHONY: help setup clang build demo test test-rust test-python test-neon mutants counters gpu-proof lint check-macos check-macos-wheel format docs links bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -54,16 +54,20 @@ counters: clang ## Print what the Metal kernels ask of memory and matrix units, 
 gpu-proof: clang ## Run the Metal kernels on an NVIDIA GPU: numbers and speed (PEER=FILE: _kernel.py of 0.2.0)
 	PEER="$(PEER)" scripts/gpu-proof
 
-lint: build ## Check formatting, clippy, ruff, types and the stub
+lint: build ## Check formatting, clippy, ruff, types, the stub and the workflows
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --features mtlflashattn-simulator/nvidia --quiet -- -D warnings
 	.venv/bin/ruff check $(PYTHON_FOLDERS)
 	.venv/bin/ruff format --check $(PYTHON_FOLDERS)
 	.venv/bin/mypy
 	$(VENV_PYTHON) -m mypy.stubtest metal_flash_attn._native
+	.venv/bin/zizmor --offline --quiet .github
 
 check-macos: ## Check the Rust code for macOS with clippy, on any host
 	scripts/check-macos
+
+check-macos-wheel: setup ## Link a wheel for macOS on this host and look what it holds; skipped without zig
+	scripts/check-macos-wheel
 
 format: setup ## Format Rust and Python
 	cargo fmt --all

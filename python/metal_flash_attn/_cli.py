@@ -164,7 +164,7 @@ def _print_plan(answer: dict[str, Any]) -> None:
 
 def _print_kernel(answer: dict[str, Any]) -> None:
     for name, text in _launch_lines(answer):
-        print(f"// {name:<8}{text}")
+        print(f"// {name:<9}{text}")
     print()
     sys.stdout.write(answer["source"])
 

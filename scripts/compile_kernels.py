@@ -1,0 +1,98 @@
+"""Writes the texts of the Metal kernels to a folder; compiles them where there is Apple's compiler.
+
+`python scripts/compile_kernels.py FOLDER`
+
+The texts are those that the planner's tiles have for the GPUs, tiers, dtypes, head dimensions and
+features below, as `python -m metal_flash_attn msl` prints them. Elsewhere than on a Mac with Xcode
+they are written only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from metal_flash_attn import _native
+from metal_flash_attn._cli import _parser
+
+MACHINES = {
+    "scalar": ["m1"],
+    "simdgroup": ["m1", "m3-max"],
+    "tensorops": ["m5"],
+    "tensorops-staged": ["m5"],
+}
+DTYPES = ["f16", "bf16", "f32"]
+SHAPES = ["40", "64", "80", "128", "128 --value-dim 64", "256"]
+FEATURES = [
+    "",
+    "--causal",
+    "--window 100,0 --sinks",
+    "--causal --softcap 30 --alibi --lse",
+    "--bias bool",
+    "--bias f32 --causal",
+]
+STANDARDS = {"scalar": "metal3.1", "simdgroup": "metal3.1"}
+"""Of Metal, by tier; the others need Metal 4. bfloat needs 3.1."""
+
+
+def commands() -> Iterator[list[str]]:
+    """Arguments of `msl`: each feature at two shapes, each shape with two features."""
+    for tier, machines in MACHINES.items():
+        for machine, dtype, (at, shape) in itertools.product(machines, DTYPES, enumerate(SHAPES)):
+            features = FEATURES if at in {1, 3} else FEATURES[:2]
+            for feature in features:
+                yield (
+                    f"msl --tier {tier} --gpu {machine} --macos 26.2 --torch 2.15 --dtype {dtype} "
+                    f"--head-dim {shape} {feature}"
+                ).split()
+
+
+def write(folder: Path) -> list[tuple[Path, str]]:
+    """The different texts as files, each with the standard of Metal that it is written in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts: dict[str, tuple[Path, str]] = {}
+    for command in commands():
+        options = vars(_parser().parse_args(command))
+        source = _native._kernel_text(options)["source"]
+        digest = hashlib.sha256(source.encode()).hexdigest()[:12]
+        if digest not in texts:
+            path = folder / f"{options['tier']}-{digest}.metal"
+            path.write_text(f"// {' '.join(command)}\n{source}", encoding="ascii")
+            texts[digest] = path, STANDARDS.get(options["tier"], "metal4.0")
+    return list(texts.values())
+
+
+def compile_one(text: tuple[Path, str]) -> str:
+    """What the compiler says against a text; empty if nothing."""
+    path, standard = text
+    # As torch compiles it: no fast mathematics but where the text asks for it.
+    command: list[str | Path] = ["xcrun", "-sdk", "macosx", "metal", f"-std={standard}"]
+    command += ["-fno-fast-math", "-c", path, "-o", path.with_suffix(".air")]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    return "" if process.returncode == 0 else f"{path.name}: {process.stderr.strip()}"
+
+
+def main() -> int:
+    if len(sys.argv) != 2:
+        print("usage: python scripts/compile_kernels.py FOLDER", file=sys.stderr)
+        return 2
+    texts = write(Path(sys.argv[1]))
+    if shutil.which("xcrun") is None:
+        print(f"{len(texts)} texts written; not compiled: there is no xcrun here")
+        return 0
+    with ThreadPoolExecutor() as pool:
+        faults = [fault for fault in pool.map(compile_one, texts) if fault]
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    print(f"{len(texts)} texts, {len(faults)} refused by the compiler")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
