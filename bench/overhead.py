@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from metal_flash_attn import flash_attn_func, sdpa
+from metal_flash_attn._bench.timing import CPU_TIME, interleave, medians
 from torch.nn import functional
 
 from .report import Section
-from .timing import interleave
 
 CALLS = 2000
 
@@ -30,7 +29,7 @@ def table(seconds: float) -> Section:
         for _ in range(CALLS):
             functional.scaled_dot_product_attention(tq, tk, tv)
 
-    ours, peer = interleave([repeat_ours, repeat_peer], time.thread_time, seconds, rounds=21)
+    ours, peer = medians(interleave([repeat_ours, repeat_peer], CPU_TIME, seconds, rounds=21))
     section = Section("Call overhead, 1x16x1x64 float32", ["", "torch", "ours", "ours / torch"])
     section.rows.append(
         [
@@ -60,7 +59,8 @@ def patch_table(seconds: float) -> Section:
 
             patched = functional.scaled_dot_product_attention
             runs = [partial(repeat, stock), partial(repeat, patched)]
-            without, with_patch = interleave(runs, time.thread_time, seconds, rounds=21)
+            samples = interleave(runs, CPU_TIME, seconds, rounds=21)
+            without, with_patch = medians(samples)
         microseconds = [x / CALLS * 1e6 for x in (without, with_patch, with_patch - without)]
         section.rows.append([name, *(f"{x:.2f}" for x in microseconds)])
     return section

@@ -2,10 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from rich.console import Console
-from rich.table import Table
-
-WIDTH_WITHOUT_TERMINAL = 110
+from metal_flash_attn._bench.tables import Cell, Table
 
 
 @dataclass
@@ -19,14 +16,6 @@ class Section:
 
     def show(self) -> list[dict[str, str]]:
         """Prints the table and returns its rows."""
-        console = Console()
-        if not console.is_terminal:
-            console.width = WIDTH_WITHOUT_TERMINAL
-        table = Table(title=self.title, title_justify="left", caption=self.caption)
-        table.caption_justify = "left"
-        for index, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if index else "left", no_wrap=True)
-        for row in self.rows:
-            table.add_row(*row)
-        console.print(table)
+        rows = [[[Cell(text) for text in row]] for row in self.rows]
+        Table(self.title, self.columns, self.caption, rows).show()
         return [dict(zip(self.columns, row, strict=True)) for row in self.rows]

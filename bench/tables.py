@@ -1,17 +1,16 @@
 """Speed: one thread against torch, and two threads against one."""
 
 import statistics
-import time
 from collections.abc import Iterator
 
 import metal_flash_attn
 import torch
+from metal_flash_attn._bench.timing import CPU_TIME, WALL_TIME, interleave, medians
 from metal_flash_attn._native import fma_peak, read_bandwidth
 from rich.progress import track
 
 from . import cases
 from .report import Section
-from .timing import interleave
 
 
 def ceilings() -> tuple[float, float]:
@@ -42,7 +41,7 @@ def one_thread(seconds: float, only: str) -> Section:
         f"{machine()}. Peak: {peak:.0f} GFLOP/s multiply-add, {bandwidth:.1f} GB/s read, measured.",
     )
     for case in track(selected(cases.one_thread(), only), "one thread", transient=True):
-        ours, peer = interleave([case.ours, case.peer], time.thread_time, seconds)
+        ours, peer = medians(interleave([case.ours, case.peer], CPU_TIME, seconds))
         limit = peak if case.unit == "GFLOP/s" else bandwidth
         section.rows.append(
             [
@@ -76,7 +75,8 @@ def two_threads(seconds: float, only: str) -> Section:
             for peer in (False, True)
             for threads in (1, 2)
         ]
-        ours1, ours2, peer1, peer2 = interleave(contenders, time.perf_counter, 2 * seconds)
+        samples = interleave(contenders, WALL_TIME, 2 * seconds)
+        ours1, ours2, peer1, peer2 = medians(samples)
         section.rows.append(
             [
                 case.name,

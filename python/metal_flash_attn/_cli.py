@@ -12,7 +12,8 @@ from dataclasses import asdict
 from typing import Any
 
 from . import _doctor, _doctor_text
-from ._progress import Bar
+from ._bench import options as _bench_options
+from ._progress import progress_bar
 
 READER_GONE = 128 + 13
 """What shells report of a program that SIGPIPE ends, as in `doctor --json | head -1`."""
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(run=_run_doctor)
     _add_tune(commands)
+    _bench_options.add(commands).set_defaults(run=_run_bench)
     plan = commands.add_parser(
         "plan", help="what would serve a call, and why", epilog=_PLAN_EXAMPLE
     )
@@ -170,11 +172,8 @@ def _print_kernel(answer: dict[str, Any]) -> None:
 
 
 def _run_doctor(options: dict[str, Any]) -> int:
-    bar = Bar()
-    try:
-        report = _doctor.examine(probe=options["probe"], progress=bar)
-    finally:
-        bar.end()
+    with progress_bar() as progress:
+        report = _doctor.examine(probe=options["probe"], progress=progress)
     if options["json"]:
         print(json.dumps(report.to_json(), indent=2))
     else:
@@ -182,23 +181,18 @@ def _run_doctor(options: dict[str, Any]) -> int:
     return 0 if report.ok else 1
 
 
-def _several(option: str, text: str | None, default: list[str]) -> list[str]:
-    if text is None:
-        return default
-    values = [value.strip().lower() for value in text.split(",")]
-    if not all(values):
-        raise ValueError(f"{option} is {text!r}; allowed: values separated by commas")
-    return values
-
-
 def _tuning_cases(options: dict[str, Any]) -> list[Any]:
     from ._tune import DTYPES, Case
 
-    dtypes = _several("--dtype", options["dtype"], list(DTYPES))
+    dtypes = list(DTYPES)
+    if options["dtype"] is not None:
+        dtypes = _bench_options.several("--dtype", options["dtype"])
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise ValueError(f"--dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
-    dims = _several("--head-dim", options["head_dim"], ["64", "128"])
+    dims = ["64", "128"]
+    if options["head_dim"] is not None:
+        dims = _bench_options.several("--head-dim", options["head_dim"])
     for dim in dims:
         if not dim.isdecimal() or int(dim) < 1:
             raise ValueError(f"--head-dim is {dim!r}; allowed: whole numbers of at least 1")
@@ -223,11 +217,8 @@ def _run_tune(options: dict[str, Any]) -> int:
         options["tile"],
         options["candidates"],
     )
-    bar = Bar()
-    try:
-        results = _tune.tune(plan, bar)
-    finally:
-        bar.end()
+    with progress_bar() as progress:
+        results = _tune.tune(plan, progress)
     file = None if options["dry_run"] else _tune.store(results, replace=options["clear"])
     if options["json"]:
         answer = {"file": file, "results": [asdict(result) for result in results]}
@@ -238,6 +229,16 @@ def _run_tune(options: dict[str, Any]) -> int:
     if file is not None:
         print(f"kept in {file}")
     return 0
+
+
+def _run_bench(options: dict[str, Any]) -> int:
+    if options["list_presets"]:
+        for line in _bench_options.preset_lines():
+            print(line)
+        return 0
+    from ._bench import command
+
+    return command.run(options)
 
 
 def _run_plan(options: dict[str, Any]) -> int:

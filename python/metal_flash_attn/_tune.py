@@ -6,9 +6,7 @@ On the simulator, which has no time, tiles are compared by the bytes they move.
 
 from __future__ import annotations
 
-import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 
 from . import _native
+from ._bench.timing import gpu_timer
 from ._doctor import describe, environment
 from .interface import flash_attn_func
 
@@ -27,8 +26,6 @@ _ROUNDS = 9
 _FIRST_ROUNDS = 2
 _HOPELESS = 1.5
 """After the first rounds, tiles that take this many times as long as the best one are left out."""
-_SAMPLE_SECONDS = 0.01
-_MOST_CALLS = 200
 _SIMULATED_LENGTH = 256
 
 
@@ -198,22 +195,21 @@ def _time(
     def call() -> None:
         flash_attn_func(q, k, v, causal=case.causal)
 
+    timer = gpu_timer()
     calls: dict[str, int] = {}
     for pattern in texts:
         with _forced(tier, pattern):
             try:
                 call()  # Compiles and proves the kernel.
-                seconds = _seconds(call, 1)
+                calls[pattern] = timer.repeats(call)
             except Exception as error:
                 result.failed[pattern] = describe(error)
-            else:
-                calls[pattern] = max(1, min(_MOST_CALLS, round(_SAMPLE_SECONDS / seconds)))
         step()
     samples: dict[str, list[float]] = {pattern: [] for pattern in calls}
     for pattern in _in_rounds(samples):
         with _forced(tier, pattern):
             call()  # Reads the settings and plans.
-            samples[pattern].append(_seconds(call, calls[pattern]) / calls[pattern])
+            samples[pattern].append(timer.sample(call, calls[pattern]))
     for pattern, taken in samples.items():
         result.costs[pattern] = max(1, round(1e9 * statistics.median(taken)))
 
@@ -229,15 +225,6 @@ def _in_rounds(samples: dict[str, list[float]]) -> Iterator[str]:
             patterns = [p for p in patterns if medians[p] <= limit or p == next(iter(samples))]
         yield from patterns[index % max(len(patterns), 1) :]
         yield from patterns[: index % max(len(patterns), 1)]
-
-
-def _seconds(call: Callable[[], None], calls: int) -> float:
-    torch.mps.synchronize()
-    start = time.perf_counter()
-    for _ in itertools.repeat(None, calls):
-        call()
-    torch.mps.synchronize()
-    return time.perf_counter() - start
 
 
 def _forced(tier: str, pattern: str) -> Any:
