@@ -5,7 +5,7 @@ For a query i and a key j of one head, with the diagonal at `i + Lk - Lq` (or at
     x = scale * (q_i . k_j)
     s = softcap * tanh(x / softcap) - slope * |j - diagonal| + bias
     lse = log(exp(sink) + sum over visible j of exp(s))
-    out = sum over visible j of exp(s - lse) * v_j
+    out = sum over visible j of kept_j * exp(s - lse) * v_j
 
 Rows with neither a visible key nor a sink give 0, and an lse of +inf.
 
@@ -78,6 +78,8 @@ class Rules:
     mask: Tensor | None = None
     sinks: Tensor | None = None
     top_left: bool = False
+    kept: Tensor | None = None
+    """What dropout multiplies weights by, `[B, H, Lq, Lk]`."""
 
 
 @dataclass
@@ -124,11 +126,12 @@ def attention(
     total = weights.sum(-1, keepdim=True) + torch.exp(sinks - largest)
     empty = total == 0
     probabilities = torch.where(empty, 0.0, weights / total)
-    out = probabilities @ v
+    kept = torch.ones(()).double() if rules.kept is None else rules.kept
+    out = (probabilities * kept) @ v
     lse = torch.where(empty, torch.inf, largest + torch.log(total))
 
     keys = scores.shape[-1]
-    summing = _gamma(2 * keys + 12)
+    summing = _gamma(2 * keys + 15)
     below = torch.where(scores == -torch.inf, 0.0, largest - scores)
     weight_error = torch.expm1(score_error + arithmetic.weight_error(below, keys))
     # A sink at -inf has no weight, whatever its error.
@@ -136,12 +139,12 @@ def attention(
     sink_error = torch.expm1(arithmetic.weight_error(sink_below, keys).clamp_max(1.0))
     sink_weight = torch.where(empty, 0.0, torch.exp(sinks - largest) / total)
     mean_error = (probabilities * weight_error).sum(-1, keepdim=True) + sink_weight * sink_error
-    size = probabilities @ v.abs()
-    out_error = (probabilities * weight_error) @ v.abs() + mean_error * out.abs()
+    size = (probabilities * kept) @ v.abs()
+    out_error = (probabilities * weight_error * kept) @ v.abs() + mean_error * out.abs()
     # Weights below the smallest normal float32 may become 0.
     out_error = out_error / (1 - mean_error) + summing * (size + out.abs()) + keys * 2.0**-120
     if arithmetic.weights != torch.float32:
-        lost = 0.5 * TINY[arithmetic.weights] * v.abs().sum(-2, keepdim=True)
+        lost = 0.5 * TINY[arithmetic.weights] * v.abs().sum(-2, keepdim=True) * kept.max()
         out_error = out_error + UNIT[arithmetic.weights] * size + lost
     out_bound = 1.02 * out_error + UNIT[dtype] * (out.abs() + out_error) + TINY[dtype]
     lse_bound = 1.02 * (mean_error / (1 - mean_error) + summing + ELEMENTARY)
@@ -315,8 +318,9 @@ def gradients(
     d_k_error = (error + _gamma(rows + 6) * sizes).transpose(-1, -2) @ q.abs()
     put("k", per_key(d_scores.transpose(-1, -2) @ q), per_key(d_k_error), dtype)
     weights, weight_error = step.weights, step.weight_error
-    v_error = weights * (weight_error + _gamma(rows + 4) * (1 + weight_error)) + 2.0**-120
-    d_v_error = own.rounded(weights, v_error).transpose(-1, -2) @ d_out.abs()
+    v_error = weights * (weight_error + _gamma(rows + 7) * (1 + weight_error)) + 2.0**-120
+    d_v_error = (step.kept * own.rounded(weights, v_error)).transpose(-1, -2) @ d_out.abs()
+    weights = step.kept * weights
     put("v", per_key(weights.transpose(-1, -2) @ d_out), per_key(d_v_error), dtype)
     return Gradients(exact, bounds)
 
@@ -346,9 +350,10 @@ class _ScoreGradients:
         size = (d_out.abs() * (out.abs() + out_bound)).sum(-1, keepdim=True) + d_lse.abs()
         moved = (d_out.abs() * out_bound).sum(-1, keepdim=True)
         self.delta_error = moved + _gamma(v.shape[-1] + 3) * size
-        difference = d_out @ v.transpose(-1, -2) - self.delta
-        sizes = d_out.abs() @ v.abs().transpose(-1, -2)
-        off = _gamma(v.shape[-1] + 2) * sizes + self.delta_error + 2 * FLOAT32 * difference.abs()
+        self.kept = torch.ones(()).double() if rules.kept is None else rules.kept
+        difference = self.kept * (d_out @ v.transpose(-1, -2)) - self.delta
+        sizes = self.kept * (d_out.abs() @ v.abs().transpose(-1, -2))
+        off = _gamma(v.shape[-1] + 5) * sizes + self.delta_error + 2 * FLOAT32 * difference.abs()
         self.d_scores = self.weights * difference
         error = self.weight_error * difference.abs() + (1 + self.weight_error) * off
         error = self.weights * error + 4 * FLOAT32 * self.d_scores.abs()

@@ -339,12 +339,14 @@ def test_compiled_gradients_are_the_same(backend: str, dynamic: bool) -> None:
 
 def operator_cases() -> dict[str, tuple[Any, ...]]:
     leaves = wants_gradients(Q, K, V)
-    plain = (0, 0, None, True, -1, -1, 0.0, None, None, None, False)
+    plain = (0, 0, None, True, -1, -1, 0.0, None, None, None, False, 0.0, None)
+    state = torch.tensor([1, -2])
     extras = wants_gradients(torch.randn(4, 9, 12), torch.randn(4))
     packed = wants_gradients(Q[0], K[0, :9], V[0, :9])
     return {
         "plain": (*leaves, None, None, *plain),
-        "bias": (*leaves, None, None, 0, 0, None, False, 3, 3, 2.0, None, *extras, True),
+        "bias": (*leaves, None, None, 0, 0, None, False, 3, 3, 2.0, None, *extras, True, 0.0, None),
+        "dropout": (*leaves, None, None, *plain[:-2], 0.2, state),
         "varlen": (*packed, CU, CU, 6, 6, *plain[2:]),
     }
 

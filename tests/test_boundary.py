@@ -398,11 +398,6 @@ WRONG_CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     ),
     # Not supported.
     (
-        lambda: flash_attn_func(Q, K, K, dropout_p=0.1),
-        NotImplementedError,
-        "dropout_p: dropout with probability 0.1 is not supported; pass 0.0",
-    ),
-    (
         lambda: flash_attn_func(Q, K, K, dropout_p=0.1, softcap=3.0),
         NotImplementedError,
         "softcap: softcap together with dropout is not supported; pass dropout_p=0.0",

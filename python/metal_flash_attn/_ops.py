@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ._dropout import draw as _draw
+from ._dropout import drops
 from ._native import execute_backward, execute_operator
 
 # q, k and v apart, lengths and window as numbers; both the order and the names are those of
@@ -19,7 +21,8 @@ _ARGUMENTS = """
     Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,
     SymInt max_seqlen_q, SymInt max_seqlen_k, float? softmax_scale,
     bool causal, SymInt window_left, SymInt window_right, float softcap,
-    Tensor? alibi_slopes, Tensor? bias, Tensor? sinks, bool top_left"""
+    Tensor? alibi_slopes, Tensor? bias, Tensor? sinks, bool top_left, float dropout_p,
+    Tensor? rng_state"""
 
 _FORWARD_SCHEMA = f"forward({_ARGUMENTS}) -> (Tensor out, Tensor lse)"
 
@@ -28,17 +31,28 @@ _BACKWARD_SCHEMA = f"""backward(
     Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_ARGUMENTS}, bool[5] wanted
 ) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias, Tensor grad_sinks)"""
 
+# int64 [2] on the CPU: seed and offset. Random, so that no compiler merges or drops calls.
+_RNG_STATE_SCHEMA = "rng_state(Device device) -> Tensor"
+
 _MAX_DIMS = 5
 
 _LIBRARY = torch.library.Library("mtlflashattn", "DEF")
 for _schema in (_FORWARD_SCHEMA, _BACKWARD_SCHEMA):
     _LIBRARY.define(" ".join(_schema.split()), tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.define(
+    _RNG_STATE_SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded)
+)
 _FORWARD = torch.ops.mtlflashattn.forward.default
 _BACKWARD = torch.ops.mtlflashattn.backward.default
+draw = torch.ops.mtlflashattn.rng_state.default
+"""Takes a random state from the generator of a device."""
 
 # Places among the arguments of the forward operator.
 _Q, _K, _V, _CU_SEQLENS_Q, _CU_SEQLENS_K, _ALIBI_SLOPES, _BIAS, _SINKS = 0, 1, 2, 3, 4, 12, 13, 14
-_TENSORS = (_Q, _K, _V, _CU_SEQLENS_Q, _CU_SEQLENS_K, _ALIBI_SLOPES, _BIAS, _SINKS)
+_RNG_STATE = 17
+_TENSORS = (_Q, _K, _V, _CU_SEQLENS_Q, _CU_SEQLENS_K, _ALIBI_SLOPES, _BIAS, _SINKS, _RNG_STATE)
+_RESULTS = 4
+"""What the backward operator takes before the arguments of the forward operator."""
 DIFFERENTIABLE = (_Q, _K, _V, _BIAS, _SINKS)
 """Arguments of the forward operator that have gradients, in the order of the backward's results."""
 
@@ -108,21 +122,22 @@ def traced(
 ) -> Any:
     """`_native.forward` in Python that torch.compile can follow."""
     del varlen
-    if dropout_p != 0:
-        raise NotImplementedError("dropout_p: dropout is not supported; pass 0.0")
     if packing == 3:
         q, k, v = q.unbind(-3)
     elif packing == 2:
         k, v = k.unbind(-3)
     left, right = window_size
+    rng_state = draw(q.device) if drops(dropout_p) else None
     # fmt: off
     result = _FORWARD(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
         bool(causal), left, right, float(softcap), alibi_slopes, bias if mask is None else mask,
-        sinks, top_left,
+        sinks, top_left, float(dropout_p), rng_state,
     )
     # fmt: on
-    return result if return_lse else result[0]
+    if not return_lse:
+        return result[0]
+    return result if rng_state is None else (*result, rng_state)
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -166,9 +181,14 @@ def like_rows(tensor: Tensor) -> Tensor:
 
 
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    call, wanted = arguments[4:-1], arguments[-1]
+    call, wanted = arguments[_RESULTS:-1], arguments[-1]
     q, k, v, bias, sinks = (call[place] for place in DIFFERENTIABLE)
     return allocate_gradients(q, k, v, bias, sinks, wanted)
+
+
+def _fake_draw(device: torch.device) -> Tensor:
+    del device
+    return torch.empty(2, dtype=torch.int64, device="cpu")
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -208,15 +228,25 @@ def _refuse_second_derivative(ctx: Any, *gradients: Any) -> NoReturn:
 
 
 def _slice_by_slice(operator: Any) -> Callable[..., tuple[Any, tuple[int, ...]]]:
-    """A rule for torch.vmap: one call for each slice."""
+    """A rule for torch.vmap: one call for each slice, with random numbers as vmap wants them."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
         results = []
+        state_place = _RNG_STATE + (0 if operator is _FORWARD else _RESULTS)
+        state = arguments[state_place]
+        if state is not None and info.randomness == "error":
+            raise RuntimeError(
+                "vmap: attention with dropout draws random numbers; pass randomness='different' or "
+                "randomness='same' to vmap"
+            )
         for index in range(info.batch_size):
             slices = [
                 argument.select(dim, index) if isinstance(dim, int) else argument
                 for argument, dim in zip(arguments, in_dims, strict=True)
             ]
+            if state is not None and info.randomness == "different":
+                # The high half of the offset: a generator's own offsets do not get there.
+                slices[state_place] = slices[state_place] + torch.tensor([0, (index + 1) << 32])
             results.append(operator(*slices))
         stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
         return stacked, (0,) * len(stacked)
@@ -259,6 +289,8 @@ _NO_SLOPE_GRADIENT = (
 
 _LIBRARY.impl("forward", execute_operator, "CompositeExplicitAutograd")
 _LIBRARY.impl("backward", execute_backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("rng_state", _draw, "CompositeExplicitAutograd")
+torch.library.register_fake(draw._name, _fake_draw, lib=_LIBRARY)
 torch.library.register_fake(_FORWARD._name, _fake, lib=_LIBRARY)
 torch.library.register_fake(_BACKWARD._name, _fake_backward, lib=_LIBRARY)
 torch.library.register_autograd(_FORWARD._name, _backward, setup_context=_save, lib=_LIBRARY)

@@ -7,10 +7,12 @@ The backward pass computes the same scores again and takes the probabilities fro
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+from ._dropout import Dropout, factors
 
 # Matrix products with more elements are wrong on MPS (pytorch/pytorch#197636).
 _MAX_SCORES = 2**31
@@ -26,6 +28,16 @@ class Rules(NamedTuple):
     top_left: bool
     sinks: Tensor | None
     chunk: int
+    dropout: Dropout | None
+
+
+RuleValues: TypeAlias = tuple[Any, ...]
+"""`Rules` as the extension module hands them over."""
+
+
+def _rules(values: RuleValues) -> Rules:
+    rules = Rules(*values)
+    return rules if rules.dropout is None else rules._replace(dropout=Dropout(*rules.dropout))
 
 
 def forward(
@@ -38,7 +50,7 @@ def forward(
     bias: Tensor | None,
     out: Tensor,
     lse: Tensor | None,
-    rules: tuple[float, float, int | None, int | None, bool, Tensor | None, int],
+    rules: RuleValues,
 ) -> None:
     """Writes attention of a checked problem into `out` and, where it is wanted, `lse`.
 
@@ -59,9 +71,9 @@ def forward(
     # Autocast would round the products, which the caller has a right to in float32.
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         if offsets is None:
-            _attend(q, k, v, alibi_slopes, bias, out, lse, Rules(*rules))
+            _attend(q, k, v, 0, alibi_slopes, bias, out, lse, _rules(rules))
         else:
-            _attend_packed(q, k, v, offsets, alibi_slopes, out, lse, Rules(*rules))
+            _attend_packed(q, k, v, offsets, alibi_slopes, out, lse, _rules(rules))
 
 
 def _attend_packed(
@@ -84,6 +96,7 @@ def _attend_packed(
             q[None, queries],
             k[None, keys],
             v[None, keys],
+            sequence,
             _own_slopes(alibi_slopes, sequence),
             None,
             out[None, queries],
@@ -96,6 +109,7 @@ def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    first_sequence: int,
     alibi_slopes: Tensor | None,
     bias: Tensor | None,
     out: Tensor,
@@ -103,10 +117,10 @@ def _attend(
     rules: Rules,
 ) -> None:
     """Sequences of equal length, `[B, L, heads, dim]`."""
-    for chunk in _chunks(q, k, bias, rules):
+    for chunk in _chunks(q, k, first_sequence, bias, rules):
         rows, keys = chunk.rows, chunk.keys
         scores, _ = _scores(q[:, rows], k[:, keys], alibi_slopes, chunk, rules)
-        out[:, rows], lse[:, :, rows] = _weigh(scores, v[:, keys], rules.sinks)
+        out[:, rows], lse[:, :, rows] = _weigh(scores, v[:, keys], chunk.kept, rules.sinks)
 
 
 class Chunk(NamedTuple):
@@ -117,9 +131,13 @@ class Chunk(NamedTuple):
     distance: Tensor
     """Of each key from the diagonal of each row."""
     bias: Tensor | None
+    kept: Tensor | None
+    """What dropout multiplies weights by, `[B, Hk, G, rows, keys]`."""
 
 
-def _chunks(q: Tensor, k: Tensor, bias: Tensor | None, rules: Rules) -> Iterator[Chunk]:
+def _chunks(
+    q: Tensor, k: Tensor, first_sequence: int, bias: Tensor | None, rules: Rules
+) -> Iterator[Chunk]:
     batch, query_len, heads, _ = q.shape
     key_len = k.shape[1]
     shift = 0 if rules.top_left else key_len - query_len
@@ -133,7 +151,13 @@ def _chunks(q: Tensor, k: Tensor, bias: Tensor | None, rules: Rules) -> Iterator
         rows, keys = slice(start, stop), slice(low, max(low, high))
         diagonal = torch.arange(start, stop, device=q.device)[:, None] + shift
         distance = torch.arange(low, keys.stop, device=q.device) - diagonal
-        yield Chunk(rows, keys, distance, None if bias is None else bias[:, :, rows, keys])
+        kept = None
+        if rules.dropout is not None:
+            every = range(first_sequence * heads, (first_sequence + batch) * heads)
+            kept = factors(rules.dropout, every, rows, keys, q.device)
+            kept = kept.view(batch, k.shape[2], -1, stop - start, keys.stop - keys.start)
+        bias_part = None if bias is None else bias[:, :, rows, keys]
+        yield Chunk(rows, keys, distance, bias_part, kept)
 
 
 def _scores(
@@ -165,7 +189,9 @@ def _scores(
     return scores, tanh
 
 
-def _weigh(scores: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+def _weigh(
+    scores: Tensor, v: Tensor, kept: Tensor | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Softmax of the scores times values: out `[B, rows, H, Dv]` and lse `[B, H, rows]`."""
     batch, key_heads, group, rows, keys = scores.shape
     if keys == 0:
@@ -182,6 +208,8 @@ def _weigh(scores: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Ten
     total = probabilities.sum(-1, keepdim=True)
     if sinks is not None:
         total = total + torch.exp(sinks - largest)
+    if kept is not None and keys > 0:
+        probabilities = probabilities * kept
     values = probabilities.flatten(2, 3) @ v.float().transpose(1, 2)
     values = values.unflatten(2, (group, rows))
     out = torch.where(total == 0, 0.0, values / total)
@@ -210,13 +238,14 @@ def backward(
     results: tuple[Tensor, Tensor],
     result_gradients: tuple[Tensor, Tensor | None],
     gradients: tuple[Tensor | None, ...],
-    rules: tuple[float, float, int | None, int | None, bool, Tensor | None, int],
+    rules: RuleValues,
 ) -> None:
     """Writes the gradients of a checked problem.
 
-    With `p = exp(score - lse)` and `delta = sum(out * d_out) - d_lse` of a row: `dv += p d_out`,
-    `d_score = p (d_out . v - delta)`, which is also the gradient of the bias, and the gradient of
-    a sink is `-p delta` (Dao, "FlashAttention-2", 2023, algorithm 2).
+    With `p = exp(score - lse)`, `delta = sum(out * d_out) - d_lse` of a row, and `z` what dropout
+    multiplies a weight by: `dv += z p d_out`, `d_score = p (z d_out . v - delta)`, which is also
+    the gradient of the bias, and the gradient of a sink is `-p delta` (Dao, "FlashAttention-2",
+    2023, algorithm 2).
 
     Args:
         q, k, v, offsets, alibi_slopes, bias, rules: see `forward`.
@@ -224,7 +253,7 @@ def backward(
         result_gradients: the gradients of out and, where there is one, of lse.
         gradients: see `Gradients`; shaped like what they are gradients of.
     """
-    to, parsed = Gradients(*gradients), Rules(*rules)
+    to, parsed = Gradients(*gradients), _rules(rules)
     out, lse = results
     d_out, d_lse = result_gradients
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
@@ -233,7 +262,7 @@ def backward(
         delta = _delta(out, d_out, d_lse)
         lse = lse.masked_fill(lse == -math.inf, math.inf)
         if offsets is None:
-            _differentiate(q, k, v, alibi_slopes, bias, lse, delta, d_out, to, parsed)
+            _differentiate(q, k, v, 0, alibi_slopes, bias, lse, delta, d_out, to, parsed)
             return
         for gradient in to[:3]:
             if gradient is not None:
@@ -246,6 +275,7 @@ def backward(
                 q[None, queries],
                 k[None, keys],
                 v[None, keys],
+                sequence,
                 _own_slopes(alibi_slopes, sequence),
                 None,
                 lse[None, :, queries],
@@ -282,6 +312,7 @@ def _differentiate(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    first_sequence: int,
     alibi_slopes: Tensor | None,
     bias: Tensor | None,
     lse: Tensor,
@@ -299,14 +330,16 @@ def _differentiate(
         for to_one, one in ((to.k, k), (to.v, v))
     )
     d_bias = None if to.bias is None else to.bias.new_zeros(to.bias.shape, dtype=torch.float32)
-    for chunk in _chunks(q, k, bias, rules):
+    for chunk in _chunks(q, k, first_sequence, bias, rules):
         rows, keys = chunk.rows, chunk.keys
         scores, tanh = _scores(q[:, rows], k[:, keys], alibi_slopes, chunk, rules)
         probabilities = torch.exp(scores - lse[:, :, rows].unflatten(1, group)[..., None])
         above = _grouped(d_out[:, rows], key_heads)
         if d_v is not None:
-            d_v[:, :, keys] += probabilities.flatten(2, 3).transpose(-1, -2) @ above
+            weights = probabilities if chunk.kept is None else probabilities * chunk.kept
+            d_v[:, :, keys] += weights.flatten(2, 3).transpose(-1, -2) @ above
         d_scores = (above @ v[:, keys].float().permute(0, 2, 3, 1)).view_as(scores)
+        d_scores = d_scores if chunk.kept is None else d_scores * chunk.kept
         d_scores = (d_scores - delta[:, :, rows].unflatten(1, group)[..., None]) * probabilities
         if d_bias is not None:
             _add_bias_gradient(d_bias, d_scores.flatten(1, 2), chunk)
@@ -345,3 +378,64 @@ def _own_slopes(alibi_slopes: Tensor | None, sequence: int) -> Tensor | None:
     if alibi_slopes is None or alibi_slopes.dim() == 1:
         return alibi_slopes
     return alibi_slopes[sequence]
+
+
+def signed_probabilities(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    cu_seqlens: tuple[Tensor, Tensor] | None,
+    alibi_slopes: Tensor | None,
+    bias: Tensor | None,
+    rules: Rules,
+    size: tuple[int, int],
+) -> Tensor:
+    """Softmax probabilities before dropout, negative where dropout drops them.
+
+    Args:
+        q, k, alibi_slopes, bias: see `forward`.
+        lse: what the forward pass returned.
+        cu_seqlens: offsets of packed queries and keys.
+        rules: with a dropout.
+        size: queries and keys of the result.
+
+    Returns:
+        `[B, H, *size]` in the dtype of q; 0 for hidden keys and behind the end of a sequence.
+    """
+    heads = q.shape[-2]
+    batch = q.shape[0] if cu_seqlens is None else cu_seqlens[0].shape[0] - 1
+    result = q.new_zeros((batch, heads, *size))
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        if cu_seqlens is None:
+            _fill_probabilities(q, k, 0, alibi_slopes, bias, lse, result, rules)
+            return result
+        query_offsets, key_offsets = (offsets.tolist() for offsets in cu_seqlens)
+        for sequence in range(batch):
+            queries = slice(query_offsets[sequence], query_offsets[sequence + 1])
+            keys = slice(key_offsets[sequence], key_offsets[sequence + 1])
+            own_slopes = _own_slopes(alibi_slopes, sequence)
+            own, own_lse = result[sequence, None], lse[None, :, queries]
+            _fill_probabilities(
+                q[None, queries], k[None, keys], sequence, own_slopes, None, own_lse, own, rules
+            )
+    return result
+
+
+def _fill_probabilities(
+    q: Tensor,
+    k: Tensor,
+    first_sequence: int,
+    alibi_slopes: Tensor | None,
+    bias: Tensor | None,
+    lse: Tensor,
+    to: Tensor,
+    rules: Rules,
+) -> None:
+    for chunk in _chunks(q, k, first_sequence, bias, rules):
+        rows, keys = chunk.rows, chunk.keys
+        scores, _ = _scores(q[:, rows], k[:, keys], alibi_slopes, chunk, rules)
+        probabilities = torch.exp(scores.flatten(1, 2) - lse[:, :, rows, None])
+        if chunk.kept is not None:
+            dropped = chunk.kept.flatten(1, 2) == 0
+            probabilities = torch.where(dropped, -probabilities, probabilities)
+        to[:, :, rows, keys] = probabilities.to(to.dtype)

@@ -19,8 +19,12 @@ What all functions share (Dao, "FlashAttention-2", 2023, and the documentation o
 * gradients of q, k and v, and as an extension of the log-sum-exp, a bias and sinks; always
   deterministic. They are laid out as `torch.empty_like`; those of packed tensors are contiguous.
 
+* dropout takes its random numbers from the default generator of the device of q, so that
+  `torch.manual_seed` makes calls repeatable. Which weights it drops depends on them and on the
+  place of a weight alone, not on the tier, and is the same for the gradients.
+
 Errors: ValueError for shapes and values, TypeError for dtypes and types, NotImplementedError for
-dropout, ALiBi slopes that require grad, second and forward-mode derivatives.
+dropout with softcap, ALiBi slopes that require grad, second and forward-mode derivatives.
 """
 
 from collections.abc import Sequence
@@ -32,6 +36,7 @@ from torch.compiler import is_dynamo_compiling
 from ._native import Plan, Trace, forward
 from ._native import plan as _plan
 from ._ops import traced
+from ._probabilities import s_dmask
 
 Window: TypeAlias = Sequence[int] | Tensor
 """`(left, right)`: keys visible before and after the diagonal; negative for all."""
@@ -59,19 +64,21 @@ def flash_attn_func(
         q: `[B, Lq, H, D]`.
         k: `[B, Lk, Hk, D]`.
         v: `[B, Lk, Hk, Dv]`.
-        dropout_p: only 0 is supported.
+        dropout_p: probability with which each weight is dropped, at least 0 and below 1; in steps
+            of 2^-16. Kept weights are multiplied by `1 / (1 - dropout_p)`. Not with softcap.
         softmax_scale: factor on the scores; `D ** -0.5` if None.
         causal: hide the keys after the diagonal, which ends at the last query and the last key.
         window_size: keys visible before and after the diagonal, negative for all.
         softcap: bound on the scores; 0 for none.
         alibi_slopes: float32 `[H]` or `[B, H]`.
         deterministic: accepted; results and gradients are always reproducible.
-        return_attn_probs: also return the log-sum-exp.
+        return_attn_probs: also return the log-sum-exp and, for tests, the probabilities.
 
     Returns:
         out `[B, Lq, H, Dv]`; with `return_attn_probs` also lse, float32 `[B, H, Lq]` (natural
-        logarithm, of the final scores), and an empty tensor where flash_attn's dropout would
-        return its mask.
+        logarithm, of the final scores), and S_dmask: without dropout empty, with dropout the
+        softmax before it, negative where a weight was dropped, `[B, H, Lq, Lk]` in the dtype of q
+        with both lengths rounded up to multiples of 128.
     """
     attend = traced if is_dynamo_compiling() else forward
     # fmt: off
@@ -80,7 +87,15 @@ def flash_attn_func(
         alibi_slopes, None, None, None, False, return_attn_probs,
     )
     # fmt: on
-    return (*result, q.new_empty((0,))) if return_attn_probs else result
+    if not return_attn_probs:
+        return result
+    # fmt: off
+    mask = s_dmask(
+        result, 1, q, k, None, None, 0, 0, dropout_p, softmax_scale, causal, window_size,
+        alibi_slopes,
+    )
+    # fmt: on
+    return (*result[:2], mask)
 
 
 def flash_attn_kvpacked_func(
@@ -113,7 +128,15 @@ def flash_attn_kvpacked_func(
         softcap, alibi_slopes, None, None, None, False, return_attn_probs,
     )
     # fmt: on
-    return (*result, q.new_empty((0,))) if return_attn_probs else result
+    if not return_attn_probs:
+        return result
+    # fmt: off
+    mask = s_dmask(
+        result, 2, q, kv, None, None, 0, 0, dropout_p, softmax_scale, causal, window_size,
+        alibi_slopes,
+    )
+    # fmt: on
+    return (*result[:2], mask)
 
 
 def flash_attn_qkvpacked_func(
@@ -144,7 +167,15 @@ def flash_attn_qkvpacked_func(
         softcap, alibi_slopes, None, None, None, False, return_attn_probs,
     )
     # fmt: on
-    return (*result, qkv.new_empty((0,))) if return_attn_probs else result
+    if not return_attn_probs:
+        return result
+    # fmt: off
+    mask = s_dmask(
+        result, 3, qkv, None, None, None, 0, 0, dropout_p, softmax_scale, causal, window_size,
+        alibi_slopes,
+    )
+    # fmt: on
+    return (*result[:2], mask)
 
 
 def flash_attn_varlen_func(
@@ -181,8 +212,8 @@ def flash_attn_varlen_func(
         block_table: paged keys and values are not supported.
 
     Returns:
-        out `[Tq, H, Dv]`; with `return_attn_probs` also lse, float32 `[H, Tq]`, and an empty
-        tensor. Rows in no sequence get 0, and +inf.
+        out `[Tq, H, Dv]`; with `return_attn_probs` also lse, float32 `[H, Tq]`, and S_dmask with
+        the longest sequences as lengths. Rows in no sequence get 0, and +inf.
     """
     if block_table is not None:
         raise NotImplementedError(
@@ -197,7 +228,15 @@ def flash_attn_varlen_func(
         return_attn_probs,
     )
     # fmt: on
-    return (*result, q.new_empty((0,))) if return_attn_probs else result
+    if not return_attn_probs:
+        return result
+    # fmt: off
+    mask = s_dmask(
+        result, 1, q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+        softmax_scale, causal, window_size, alibi_slopes,
+    )
+    # fmt: on
+    return (*result[:2], mask)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -236,7 +275,15 @@ def flash_attn_varlen_kvpacked_func(
         return_attn_probs,
     )
     # fmt: on
-    return (*result, q.new_empty((0,))) if return_attn_probs else result
+    if not return_attn_probs:
+        return result
+    # fmt: off
+    mask = s_dmask(
+        result, 2, q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+        softmax_scale, causal, window_size, alibi_slopes,
+    )
+    # fmt: on
+    return (*result[:2], mask)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -272,7 +319,15 @@ def flash_attn_varlen_qkvpacked_func(
         return_attn_probs,
     )
     # fmt: on
-    return (*result, qkv.new_empty((0,))) if return_attn_probs else result
+    if not return_attn_probs:
+        return result
+    # fmt: off
+    mask = s_dmask(
+        result, 3, qkv, None, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p,
+        softmax_scale, causal, window_size, alibi_slopes,
+    )
+    # fmt: on
+    return (*result[:2], mask)
 
 
 def flash_attn_with_kvcache(
@@ -325,6 +380,7 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
+    dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> Result:
     """Attention with everything that the engines can do beyond flash_attn.
@@ -343,6 +399,7 @@ def attention(
         top_left: the diagonal starts at the first query and the first key, as in torch's
             `scaled_dot_product_attention`.
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: see `flash_attn_varlen_func`.
+        dropout_p: see `flash_attn_func`.
         return_lse: also return the log-sum-exp, which includes the sinks.
 
     Returns:
@@ -352,12 +409,13 @@ def attention(
     _check_bias_and_mask(bias, mask)
     attend = traced if is_dynamo_compiling() else forward
     # fmt: off
-    return attend(
+    result = attend(
         1, cu_seqlens_q is not None, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-        max_seqlen_k, 0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, bias, mask,
-        sinks, bool(top_left), bool(return_lse),
+        max_seqlen_k, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, bias,
+        mask, sinks, bool(top_left), bool(return_lse),
     )
     # fmt: on
+    return result[:2] if return_lse else result
 
 
 def plan(

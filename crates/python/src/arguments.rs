@@ -117,30 +117,3 @@ pub fn window(value: &Bound<'_, PyAny>) -> Result<(i64, i64)> {
         })),
     }
 }
-
-/// `dropout_p`: a probability, of which only 0 is served.
-pub fn dropout(value: &Bound<'_, PyAny>, softcap: f64) -> Result<()> {
-    let dropout_p = float("dropout_p", value, "a real number")?;
-    if !(0.0..1.0).contains(&dropout_p) {
-        return Err(Error::Problem(core::Error::Value {
-            argument: "dropout_p",
-            got: dropout_p.to_string(),
-            allowed: "a probability in [0, 1)".into(),
-        }));
-    }
-    if dropout_p > 0.0 && softcap > 0.0 {
-        return Err(Error::Problem(core::Error::Unsupported {
-            argument: "softcap",
-            got: "softcap together with dropout".into(),
-            instead: "pass dropout_p=0.0 or softcap=0.0".into(),
-        }));
-    }
-    if dropout_p > 0.0 {
-        return Err(Error::Problem(core::Error::Unsupported {
-            argument: "dropout_p",
-            got: format!("dropout with probability {dropout_p}"),
-            instead: "pass 0.0, as evaluation does, or use torch's scaled_dot_product_attention".into(),
-        }));
-    }
-    Ok(())
-}

@@ -1,7 +1,7 @@
 //! One call of the API: its arguments as Rust values, and the problem they form.
 
 use mtlflashattn_core as core;
-use mtlflashattn_core::{Alignment, BiasKind, Dtype, Options, Problem};
+use mtlflashattn_core::{Alignment, BiasKind, Dropout, Dtype, Options, Problem};
 use pyo3::intern;
 use pyo3::prelude::*;
 
@@ -20,9 +20,18 @@ pub struct Numbers {
     pub window: (i64, i64),
     pub softcap: f64,
     pub top_left: bool,
+    pub dropout_p: f64,
+    /// Seed and offset; without dropout they mean nothing.
+    pub rng_state: [u64; 2],
 }
 
 impl Numbers {
+    /// What is dropped.
+    pub fn dropout(&self) -> core::Result<Option<Dropout>> {
+        let [seed, offset] = self.rng_state;
+        Dropout::new(self.dropout_p, seed, offset)
+    }
+
     pub fn read(
         form: Form,
         max_seqlen: [&Bound<'_, PyAny>; 2],
@@ -44,6 +53,8 @@ impl Numbers {
             window: arguments::window(window_size)?,
             softcap: arguments::float("softcap", softcap, "a real number")?,
             top_left,
+            dropout_p: 0.0,
+            rng_state: [0; 2],
         })
     }
 }
@@ -187,7 +198,7 @@ pub fn describe(
         alibi_slopes: slopes.map(|view| (view.shape(), view.strides())),
         bias: bias.map(|(kind, view)| (kind, view.shape(), view.strides())),
         sinks: sinks.map(|view| (view.shape(), view.strides())),
-        dropout: None,
+        dropout: numbers.dropout()?,
     };
     let problem = if form.varlen {
         let batch = sequences(form, objects, views)?;

@@ -405,7 +405,10 @@ fn finished(result: std::result::Result<(), cpu::Error>, raised: Option<PyErr>) 
     }
 }
 
-type TorchRules<'a, 'py> = (f32, f32, Option<usize>, Option<usize>, bool, Option<&'a Bound<'py, PyAny>>, usize);
+/// Threshold, factor, seed and offset.
+type TorchDropout = (u32, f32, u64, u64);
+type TorchRules<'a, 'py> =
+    (f32, f32, Option<usize>, Option<usize>, bool, Option<&'a Bound<'py, PyAny>>, usize, Option<TorchDropout>);
 
 /// `Rules` of the torch tier.
 pub fn torch_rules<'a, 'py>(
@@ -415,7 +418,9 @@ pub fn torch_rules<'a, 'py>(
     chunk: usize,
 ) -> TorchRules<'a, 'py> {
     let Problem { scale, softcap, mask, .. } = *problem;
-    (scale, softcap, mask.left, mask.right, numbers.top_left, objects.get(Slot::Sinks), chunk)
+    let sinks = objects.get(Slot::Sinks);
+    let dropout = problem.dropout.map(|drop| (drop.threshold(), drop.factor(), drop.seed, drop.offset));
+    (scale, softcap, mask.left, mask.right, numbers.top_left, sinks, chunk, dropout)
 }
 
 /// Hands the call to the tensor operations of `metal_flash_attn._torch_tier`.

@@ -16,7 +16,7 @@ use crate::tensor::{Element, Place, View};
 use crate::torch::Torch;
 
 /// Attention as the public functions ask for it. `packing` counts the tensors that came as one: 1 is q, k, v; 2 is q, kv;
-/// 3 is qkv. Returns out, or (out, lse) when `return_lse`.
+/// 3 is qkv. Returns out, or (out, lse) when `return_lse`, with the random state behind them where something is dropped.
 #[pyfunction]
 #[pyo3(signature = (packing, varlen, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
     softmax_scale, causal, window_size, softcap, alibi_slopes, bias, mask, sinks, top_left, return_lse, /))]
@@ -47,9 +47,10 @@ pub fn forward<'py>(
     guard(|| {
         let torch = Torch::get(py)?;
         let form = Form::new(packing, varlen, mask.is_some());
-        let numbers =
+        let mut numbers =
             Numbers::read(form, [max_seqlen_q, max_seqlen_k], softmax_scale, causal, window_size, softcap, top_left)?;
-        arguments::dropout(dropout_p, numbers.softcap)?;
+        numbers.dropout_p = arguments::float("dropout_p", dropout_p, "a real number")?;
+        let drops = numbers.dropout()?.is_some();
         let want_lse = arguments::truth("return_attn_probs", return_lse)?;
         let tensors = Tensors::new([
             Some(q),
@@ -62,13 +63,23 @@ pub fn forward<'py>(
             sinks,
         ]);
         let mut views = Tensors::none();
-        if !read_direct(py, torch, &tensors, &mut views)? {
-            return call_operator(py, torch, form, &numbers, &tensors, want_lse);
+        let is_direct = read_direct(py, torch, &tensors, &mut views)?;
+        let rng_state = if drops { Some(draw(tensors.q(), is_direct)?) } else { None };
+        let rng = rng_state.as_ref();
+        let results = if !is_direct {
+            call_operator(py, torch, form, &numbers, &tensors, rng, want_lse)?
+        } else if tensors.need_gradients(torch)? {
+            call_autograd(py, packing, form, &numbers, &tensors, rng, want_lse)?
+        } else {
+            numbers.rng_state = rng.map_or(Ok([0; 2]), operator::read_rng_state)?;
+            execute(py, torch, form, &numbers, tensors, &mut views, want_lse)?
+        };
+        match rng_state {
+            Some(state) if want_lse => {
+                Ok((results.get_item(0)?, results.get_item(1)?, state).into_pyobject(py)?.into_any())
+            }
+            _ => Ok(results),
         }
-        if tensors.need_gradients(torch)? {
-            return call_autograd(py, packing, form, &numbers, &tensors, want_lse);
-        }
-        execute(py, torch, form, &numbers, tensors, &mut views, want_lse)
     })
 }
 
@@ -93,6 +104,19 @@ fn read_direct(
     Ok(true)
 }
 
+/// Takes a random state from the generator of a tensor's device.
+fn draw<'py>(q: &Bound<'py, PyAny>, is_direct: bool) -> Result<Bound<'py, PyAny>> {
+    static DRAW: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    static OPERATOR: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let py = q.py();
+    let draw = if is_direct {
+        DRAW.import(py, "metal_flash_attn._dropout", "draw")?
+    } else {
+        OPERATOR.import(py, "metal_flash_attn._ops", "draw")?
+    };
+    Ok(draw.call1((q.getattr(intern!(py, "device"))?,))?)
+}
+
 /// Sends the call through `torch.ops.mtlflashattn.forward`.
 fn call_operator<'py>(
     py: Python<'py>,
@@ -100,6 +124,7 @@ fn call_operator<'py>(
     form: Form,
     numbers: &Numbers,
     tensors: &Tensors<Bound<'py, PyAny>>,
+    rng_state: Option<&Bound<'py, PyAny>>,
     want_lse: bool,
 ) -> Result<Bound<'py, PyAny>> {
     static CHECK: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
@@ -111,7 +136,7 @@ fn call_operator<'py>(
     }
     check_static(form, numbers, tensors)?;
     let dispatch = DISPATCH.import(py, "metal_flash_attn._ops", "dispatch")?;
-    let arguments = operator::to_python(py, form, numbers, tensors)?;
+    let arguments = operator::to_python(py, form, numbers, tensors, rng_state)?;
     let results = dispatch.call1(arguments)?;
     Ok(if want_lse { results } else { results.get_item(0)? })
 }
@@ -123,13 +148,14 @@ fn call_autograd<'py>(
     form: Form,
     numbers: &Numbers,
     tensors: &Tensors<Bound<'py, PyAny>>,
+    rng_state: Option<&Bound<'py, PyAny>>,
     want_lse: bool,
 ) -> Result<Bound<'py, PyAny>> {
     static ATTEND: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     check_static(form, numbers, tensors)?;
     let attend = ATTEND.import(py, "metal_flash_attn._autograd", "attend")?;
     let inputs = (packing, tensors.q(), tensors.get(Slot::K), tensors.get(Slot::V)).into_pyobject(py)?;
-    let rest = operator::rest_to_python(py, numbers, tensors)?;
+    let rest = operator::rest_to_python(py, numbers, tensors, rng_state)?;
     let results = attend.call1(inputs.as_sequence().concat(rest.as_sequence())?.to_tuple()?)?;
     Ok(if want_lse { results } else { results.get_item(0)? })
 }
@@ -212,6 +238,8 @@ pub fn sdpa<'py>(
             window: (-1, -1),
             softcap: 0.0,
             top_left: true,
+            dropout_p: 0.0,
+            rng_state: [0; 2],
         };
         execute(py, torch, form, &numbers, tensors, &mut views, false)
     })

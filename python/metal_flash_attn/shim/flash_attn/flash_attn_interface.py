@@ -23,7 +23,10 @@ from metal_flash_attn import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
-from metal_flash_attn._native import backward_into
+from metal_flash_attn._dropout import drops
+from metal_flash_attn._native import backward_into, forward
+from metal_flash_attn._ops import traced
+from metal_flash_attn._probabilities import s_dmask
 
 from ._version_1 import (
     flash_attn_unpadded_func,
@@ -91,31 +94,22 @@ def _flash_attn_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`flash_attn_func` as a single step that returns what a backward pass needs.
 
-    The arguments mean what they mean there, the two halves of the window apart. A `dropout_p` too
-    small to change `1 - dropout_p` counts as 0. `return_softmax` changes nothing, because without
-    dropout there are no probabilities to return.
+    The arguments mean what they mean there, the two halves of the window apart. `return_softmax`
+    asks for the third result, which there is only with dropout.
 
     Returns:
         out `[batch, query_len, heads, head_dim]`; the log-sum-exp, fp32 `[batch, heads,
-        query_len]`; an empty tensor where dropout would leave its mask; and the state of its
-        random numbers, int64 `[2]`, zero.
+        query_len]`; S_dmask, or an empty tensor; and the state of the random numbers for the
+        backward pass, int64 `[2]`: zero without dropout, else on the CPU.
 
     Raises:
         Whatever `flash_attn_func` raises.
     """
-    out, softmax_lse, probabilities = flash_attn_func(
-        q,
-        k,
-        v,
-        dropout_p=_effective(dropout_p),
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=(window_size_left, window_size_right),
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        return_attn_probs=True,
-    )
-    return out, softmax_lse, probabilities, _no_random_state(q)
+    # fmt: off
+    call = (None, None, 0, 0, dropout_p, softmax_scale, causal,
+            (window_size_left, window_size_right))
+    # fmt: on
+    return _forward(q, k, v, call, softcap, alibi_slopes, return_softmax)
 
 
 def _flash_attn_varlen_forward(
@@ -141,14 +135,14 @@ def _flash_attn_varlen_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`flash_attn_varlen_func` as a single step that returns what a backward pass needs.
 
-    The arguments mean what they mean there, the two halves of the window apart. A `dropout_p` too
-    small to change `1 - dropout_p` counts as 0. `return_softmax` changes nothing, because without
-    dropout there are no probabilities to return. `block_table`, `leftpad_k` and `seqused_k` must
-    be None. `zero_tensors` gives queries beyond the last sequence output 0 and log-sum-exp -inf.
+    The arguments mean what they mean there, the two halves of the window apart. `return_softmax`
+    asks for the third result, which there is only with dropout. `block_table`, `leftpad_k` and
+    `seqused_k` must be None. `zero_tensors` gives queries beyond the last sequence output 0 and
+    log-sum-exp -inf.
 
     Returns:
-        out `[tokens, heads, head_dim]`; the log-sum-exp, fp32 `[heads, tokens]`; an empty tensor
-        where dropout would leave its mask; and the state of its random numbers, int64 `[2]`, zero.
+        out `[tokens, heads, head_dim]`; the log-sum-exp, fp32 `[heads, tokens]`; S_dmask, or an
+        empty tensor; and the state of the random numbers, see `_flash_attn_forward`.
 
     Raises:
         NotImplementedError: `block_table`, `leftpad_k` or `seqused_k` is given.
@@ -161,27 +155,18 @@ def _flash_attn_varlen_forward(
                 f"{name} is not supported by _flash_attn_varlen_forward; pass {name}=None with "
                 "keys and values packed sequence by sequence"
             )
-    out, softmax_lse, probabilities = flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p=_effective(dropout_p),
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=(window_size_left, window_size_right),
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        return_attn_probs=True,
+    # fmt: off
+    call = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
+            causal, (window_size_left, window_size_right))
+    # fmt: on
+    out, softmax_lse, probabilities, rng_state = _forward(
+        q, k, v, call, softcap, alibi_slopes, return_softmax
     )
     if zero_tensors:
         end = int(cu_seqlens_q[-1])
         out[end:] = 0
         softmax_lse[:, end:] = -torch.inf
-    return out, softmax_lse, probabilities, _no_random_state(q)
+    return out, softmax_lse, probabilities, rng_state
 
 
 def _flash_attn_backward(
@@ -218,21 +203,19 @@ def _flash_attn_backward(
         dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
             alibi_slopes: as in `_flash_attn_forward`.
         deterministic: accepted; gradients are always reproducible.
-        rng_state: accepted; there is no dropout.
+        rng_state: with dropout what `_flash_attn_forward` returned last.
 
     Returns:
         `sum(dout * out)` of each row, fp32 `[batch, heads, query_len rounded up to 128]`, 0 behind
         the last.
 
     Raises:
-        NotImplementedError: `dropout_p` is not 0.
-        ValueError, TypeError: a tensor does not fit the others.
+        ValueError, TypeError: a tensor does not fit the others, or dropout has no `rng_state`.
     """
-    _refuse_dropout(dropout_p)
     # fmt: off
     _backward_into(
-        (dq, dk, dv), dout, out, softmax_lse, q, k, v, None, None, 0, 0, softmax_scale, causal,
-        window_size_left, window_size_right, softcap, alibi_slopes,
+        (dq, dk, dv), (dropout_p, rng_state), dout, out, softmax_lse, q, k, v, None, None, 0, 0,
+        softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
     )
     # fmt: on
     query_len = q.shape[1]
@@ -284,12 +267,11 @@ def _flash_attn_varlen_backward(
     Raises:
         What `_flash_attn_backward` raises.
     """
-    _refuse_dropout(dropout_p)
     # fmt: off
     _backward_into(
-        (dq, dk, dv), dout, out, softmax_lse, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-        max_seqlen_k, softmax_scale, causal, window_size_left, window_size_right, softcap,
-        alibi_slopes,
+        (dq, dk, dv), (dropout_p, rng_state), dout, out, softmax_lse, q, k, v, cu_seqlens_q,
+        cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size_left,
+        window_size_right, softcap, alibi_slopes,
     )
     # fmt: on
     tokens, batch = q.shape[0], cu_seqlens_q.shape[0] - 1
@@ -308,31 +290,47 @@ _wrapped_flash_attn_backward = _flash_attn_backward
 _wrapped_flash_attn_varlen_backward = _flash_attn_varlen_backward
 
 
-def _effective(dropout_p: float) -> float:
-    # diffusers passes 1e-30 to make flash_attn return the log-sum-exp.
-    return 0.0 if 1.0 - dropout_p == 1.0 else dropout_p
-
-
-def _no_random_state(q: Tensor) -> Tensor:
-    return torch.zeros(2, dtype=torch.int64, device=q.device)
-
-
-def _refuse_dropout(dropout_p: float) -> None:
-    if _effective(dropout_p) != 0:
-        raise NotImplementedError(
-            f"dropout_p: dropout with probability {dropout_p} is not supported; pass 0.0"
-        )
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: tuple[Any, ...],
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    return_softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Out, log-sum-exp, S_dmask and random state; `call` is what stands between v and softcap."""
+    attend: Any = traced if is_dynamo_compiling() else forward
+    # fmt: off
+    result = attend(
+        1, call[0] is not None, q, k, v, *call, softcap, alibi_slopes, None, None, None, False,
+        True,
+    )
+    # fmt: on
+    out, softmax_lse, *drawn = result
+    if not drawn:
+        state = torch.zeros(2, dtype=torch.int64, device=q.device)
+        return out, softmax_lse, q.new_empty((0,)), state
+    arguments: Any = (result, 1, q, k, *call, alibi_slopes)
+    mask = s_dmask(*arguments) if return_softmax else q.new_empty((0,))
+    return out, softmax_lse, mask, drawn[0]
 
 
 def _backward_into(
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    dropout: tuple[float, Tensor | None],
     dout: Tensor,
     out: Tensor,
     softmax_lse: Tensor,
     *arguments: Any,
 ) -> None:
     """Writes the gradients that are given; `arguments` are the operator's up to the slopes."""
-    call = (dout, None, out, softmax_lse, *arguments, None, None, False)
+    dropout_p, rng_state = dropout
+    if not drops(dropout_p):
+        dropout_p, rng_state = 0.0, None
+    elif rng_state is None:
+        raise ValueError("rng_state is None; allowed: with dropout, what the forward pass returned")
+    call = (dout, None, out, softmax_lse, *arguments, None, None, False, dropout_p, rng_state)
     if not is_dynamo_compiling():
         return backward_into(*gradients, None, None, *call)
     wanted = [gradient is not None for gradient in gradients]

@@ -1,0 +1,73 @@
+"""What flash_attn calls S_dmask: probabilities whose sign says which ones dropout drops."""
+
+from typing import Any
+
+from torch import Tensor
+
+from ._dropout import Dropout, threshold
+from ._torch_tier import Rules, signed_probabilities
+
+# Both sizes of the result are rounded up to it, as in flash_attn.
+_MULTIPLE = 128
+# Query rows that are computed together.
+_CHUNK = 1024
+
+
+def s_dmask(
+    result: tuple[Tensor, ...],
+    packing: int,
+    q: Any,
+    k: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Any,
+    alibi_slopes: Tensor | None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The softmax before dropout, negative where a probability is dropped.
+
+    Args:
+        result: (out, lse) of the call, and the random state if something was dropped.
+        packing: how many of q, k and v came as one tensor.
+        q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
+            causal, window_size, alibi_slopes, bias, sinks: of the call.
+
+    Returns:
+        `[B, H, Lq, Lk]` in the dtype of q, both lengths rounded up to multiples of 128, with 0 for
+        what is hidden and behind the end of a sequence; empty where nothing is dropped. It takes
+        memory for every pair of query and key, and is meant for tests.
+    """
+    _, lse, *rng_state = result
+    if not rng_state:
+        empty: Tensor = q.new_empty((0,))
+        return empty
+    seed, offset = rng_state[0]
+    if packing == 3:
+        q, k, _ = q.unbind(-3)
+    elif packing == 2:
+        k, _ = k.unbind(-3)
+    q, k = q.detach(), k.detach()
+    left, right = (int(bound) for bound in window_size)
+    steps = threshold(dropout_p)
+    rules = Rules(
+        q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        0.0,
+        left if left >= 0 else None,
+        0 if causal else right if right >= 0 else None,
+        False,
+        sinks,
+        _CHUNK,
+        Dropout(steps, 1.0 / (1.0 - steps / 65536), seed, offset),
+    )
+    packed = (cu_seqlens_q, cu_seqlens_k) if cu_seqlens_q is not None else None
+    lengths = (max_seqlen_q, max_seqlen_k) if packed else (q.shape[1], k.shape[1])
+    query_len, key_len = (-(-length // _MULTIPLE) * _MULTIPLE for length in lengths)
+    return signed_probabilities(
+        q, k, lse.detach(), packed, alibi_slopes, bias, rules, (query_len, key_len)
+    )
