@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from flash_attn import flash_attn_interface as interface
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from metal_flash_attn import (
@@ -22,6 +21,7 @@ from metal_flash_attn import (
     flash_attn_varlen_qkvpacked_func,
 )
 from metal_flash_attn._dropout import Dropout, draw, factors
+from metal_flash_attn.shim.flash_attn import flash_attn_interface as interface
 from reference import Rules, gradients
 from reference import attention as exact_attention
 from torch import Tensor

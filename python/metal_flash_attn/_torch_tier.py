@@ -155,7 +155,8 @@ def _chunks(
         if rules.dropout is not None:
             every = range(first_sequence * heads, (first_sequence + batch) * heads)
             kept = factors(rules.dropout, every, rows, keys, q.device)
-            kept = kept.view(batch, k.shape[2], -1, stop - start, keys.stop - keys.start)
+            group = (k.shape[2], heads // k.shape[2])
+            kept = kept.view(batch, *group, *kept.shape[1:])
         bias_part = None if bias is None else bias[:, :, rows, keys]
         yield Chunk(rows, keys, distance, bias_part, kept)
 
