@@ -67,7 +67,7 @@ def operator_cases() -> dict[str, tuple[Any, ...]]:
 
 @pytest.mark.parametrize("case", operator_cases())
 def test_operator_keeps_torchs_rules(case: str) -> None:
-    torch.library.opcheck(OPERATOR, operator_cases()[case])
+    torch.library.opcheck(OPERATOR, (*operator_cases()[case], 0.0, None))
 
 
 def every_function(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, cu: Tensor) -> list[Tensor]:
@@ -143,12 +143,12 @@ def test_compiled_errors_say_what_is_wrong() -> None:
     compiled = torch.compile(flash_attn_func)
     with pytest.raises(ValueError, match=r"v has shape \(2, 9, 4, 16\); allowed: seqlen = 12"):
         compiled(q, k, q)
+    with pytest.raises(TypeError, match="window_size"):
+        compiled(q, k, k, window_size=(1.5, 2))  # type: ignore[arg-type]
     with pytest.raises(NotImplementedError, match="softcap together with dropout"):
         compiled(q, k, k, dropout_p=0.5, softcap=1.0)
     with pytest.raises(ValueError, match="dropout_p is 1; allowed"):
         compiled(q, k, k, dropout_p=1.0)
-    with pytest.raises(TypeError, match="window_size"):
-        compiled(q, k, k, window_size=(1.5, 2))  # type: ignore[arg-type]
 
 
 class Module(torch.nn.Module):
