@@ -127,6 +127,9 @@ def traced(
     elif packing == 2:
         k, v = k.unbind(-3)
     left, right = window_size
+    if isinstance(left, float) or isinstance(right, float):
+        # The operator would refuse it while it is compiled, in torch's words.
+        raise TypeError("window_size: allowed: two integers (left, right), negative for no bound")
     rng_state = draw(q.device) if drops(dropout_p) else None
     # fmt: off
     result = _FORWARD(
