@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from metal_flash_attn import trace
+from metal_flash_attn import attention, trace
 from metal_flash_attn.integrations import transformers as adapter
+from metal_flash_attn.integrations._window_mask import WindowMask, window_mask
 from torch import Tensor
 
 SMALL: dict[str, Any] = {
@@ -260,3 +262,79 @@ def test_compiled_models() -> None:
     torch._dynamo.reset()
     got = torch.compile(model, backend="eager")(**inputs).logits
     assert_close(got, expected, inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("build", [gemma2, gemma3, mistral, gpt_oss])
+@torch.no_grad()
+def test_windows_are_no_matrices_where_nothing_else_hides_a_key(
+    build: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.randint(2, 64, (2, 13))
+    expected = with_attention(build, "eager")(ids).logits
+    seen = []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.append((kwargs["mask"], kwargs["window_size"]))
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(adapter, "attention", spy)
+    assert_close(with_attention(build, adapter.NAME)(ids).logits, expected)
+    assert all(mask is None for mask, _ in seen)
+    assert any(0 < left < 12 for _, (left, _) in seen)
+
+
+@pytest.mark.parametrize("both_sides", [False, True])
+def test_a_window_mask_has_the_elements_of_sdpa_mask(both_sides: bool) -> None:
+    from transformers import masking_utils
+
+    function = (
+        masking_utils.sliding_window_bidirectional_mask_function(3)
+        if both_sides
+        else masking_utils.sliding_window_causal_mask_function(3)
+    )
+    options: dict[str, Any] = {
+        "mask_function": function,
+        "local_size": 3,
+        "allow_is_causal_skip": not both_sides,
+        "allow_is_bidirectional_skip": both_sides,
+    }
+    has_window = types.SimpleNamespace(sliding_window=3)
+    mask = window_mask(2, 7, 7, config=has_window, **options)
+    expected = masking_utils.sdpa_mask(2, 7, 7, **options)
+    assert isinstance(mask, WindowMask)
+    assert expected is not None
+    assert mask.shape == expected.shape
+    assert mask.dtype == torch.bool
+    assert torch.equal(mask[:, :, 2:], expected[:, :, 2:])
+    zeros = torch.zeros(2, 7, 1, 4)
+    q = torch.randn(2, 7, 1, 4)
+    one_hot = torch.eye(7).view(1, 7, 1, 7).expand(2, -1, -1, -1)
+    weights = attention(q, zeros, one_hot, window_size=mask.window)
+    assert torch.equal(weights[:, :, 0] > 0, expected[:, 0])
+    # What is not a window and nothing else is a mask.
+    padding = torch.tensor([[True] * 7, [False] + [True] * 6])
+    chunked = types.SimpleNamespace(sliding_window=3, attention_chunk_size=3)
+    for other in (
+        window_mask(2, 7, 7, config=has_window, attention_mask=padding, **options),
+        window_mask(2, 7, 7, config=chunked, **options),
+        window_mask(2, 7, 7, config=has_window, **{**options, "allow_is_causal_skip": False,
+                                                  "allow_is_bidirectional_skip": False}),
+    ):  # fmt: skip
+        assert type(other) is Tensor
+
+
+@torch.no_grad()
+def test_models_that_do_not_name_their_window_have_it_nevertheless() -> None:
+    """Qwen2-MoE makes masks with windows and does not pass the window to its attention."""
+
+    def qwen2_moe() -> Any:
+        config = transformers.Qwen2MoeConfig(
+            **{**SMALL, "num_hidden_layers": 2},
+            use_sliding_window=True, sliding_window=4, max_window_layers=0, num_experts=2,
+            moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts_per_tok=1,
+        )  # fmt: skip
+        return transformers.Qwen2MoeForCausalLM(config)
+
+    ids = torch.randint(2, 64, (1, 12))
+    near = with_attention(qwen2_moe, "eager")(ids).logits
+    assert_close(with_attention(qwen2_moe, adapter.NAME)(ids).logits, near)

@@ -5,8 +5,9 @@
     adapter.register()
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation=adapter.NAME)
 
-It takes what eager attention takes: padding, sliding windows and any other pattern through the mask
-that transformers makes; softcap, sinks and position biases through arguments.
+It takes what eager attention takes: padding and any other pattern through the mask that
+transformers makes; sliding windows as windows, where nothing else hides a key; softcap, sinks and
+position biases through arguments.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from metal_flash_attn.interface import attention
+
+from ._window_mask import WindowMask, window_mask
 
 NAME = "metal_attention"
 """What to pass as `attn_implementation`. transformers takes any name with "flash" in it for one of
@@ -41,7 +44,7 @@ def register(name: str = NAME) -> str:
             "attention with packed inputs"
         )
     AttentionInterface.register(name, attention_forward)
-    AttentionMaskInterface.register(name, sdpa_mask)
+    AttentionMaskInterface.register(name, window_mask)
     return name
 
 
@@ -67,8 +70,9 @@ def attention_forward(
         query: `[B, H, Lq, D]`.
         key: `[B, Hk, Lk, D]`.
         value: `[B, Hk, Lk, Dv]`.
-        attention_mask: broadcastable to `[B, H, Lq, Lk]`, bool (True shows a key) or additive. It
-            holds windows, too. Without one, causal attention starts at the first key.
+        attention_mask: broadcastable to `[B, H, Lq, Lk]`, bool (True shows a key) or additive; a
+            `WindowMask` is served as a window. Without one, causal attention starts at the first
+            key.
         dropout, scaling, softcap: of the scores.
         s_aux: sinks `[H]`, one more logit of each head.
         position_bias: added to the scores.
@@ -98,6 +102,9 @@ def attention_forward(
             is_causal=is_causal, position_bias=position_bias, **kwargs,
         )
         # fmt: on
+    window, causal = (-1, -1), attention_mask is None and is_causal and query.shape[2] > 1
+    if isinstance(attention_mask, WindowMask) and position_bias is None:
+        window, attention_mask = attention_mask.window, None
     mask, bias = _mask_and_bias(attention_mask, position_bias, key.shape[2])
     out: Tensor = attention(
         query.transpose(1, 2),
@@ -105,8 +112,9 @@ def attention_forward(
         value.transpose(1, 2),
         # As transformers uses torch's function: a mask holds the causal pattern, and one query
         # is the last one.
-        causal=attention_mask is None and is_causal and query.shape[2] > 1,
-        top_left=True,
+        causal=causal,
+        window_size=window,
+        top_left=query.shape[2] > 1,
         softmax_scale=scaling,
         softcap=softcap or 0.0,
         mask=mask,
