@@ -177,7 +177,7 @@ def test_files_that_are_named_exist(document: Path) -> None:
 def words_of_the_code() -> frozenset[str]:
     words: set[str] = set()
     for folder in FOLDERS:
-        for file in (ROOT / folder).rglob("*"):
+        for file in filter(Path.is_file, (ROOT / folder).rglob("*")):
             is_code = (
                 file.suffix in {".rs", ".py", ".pyi", ".toml"} or file.parent.name == "scripts"
             )
