@@ -40,7 +40,7 @@ test-rust: setup clang
 	cargo test --release --package mtlflashattn-cpu --test disassembly --quiet
 
 test-python: build clang
-	$(VENV_PYTHON) -m pytest -q
+	$(VENV_PYTHON) -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-neon: ## Run the Rust tests as aarch64 code (under qemu on other machines)
 	scripts/test-neon

@@ -7,6 +7,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+# Threads of torch's operations that wait for each other shall sleep: where tests run side by side
+# they outnumber the cores, and one that spins keeps a core from the one it waits for. To be set
+# before torch loads its OpenMP runtime.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import hypothesis
 import pytest
 import torch

@@ -273,6 +273,9 @@ class Index:
     def __index__(self) -> int:
         return self.value
 
+    def __repr__(self) -> str:
+        return f"Index({self.value})"
+
 
 @pytest.mark.parametrize(
     "window",
