@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from drawings.__main__ import write
+from drawings.forward import _lane
 from metal_flash_attn._cli import _parser
 
 ROOT = Path(__file__).parents[1]
@@ -130,3 +132,30 @@ def test_targets_of_make_exist_and_are_described() -> None:
     development = text(ROOT / "docs" / "development.md")
     rows = set(re.findall(r"^\| `make ([a-z-]+)", development, re.MULTILINE))
     assert described <= rows, described - rows
+
+
+def test_drawings_are_those_of_the_script(tmp_path: Path) -> None:
+    write(tmp_path)
+    folder = ROOT / "docs" / "drawings"
+    drawn = {path.name: text(path) for path in tmp_path.iterdir()}
+    assert {path.name: text(path) for path in folder.iterdir()} == drawn
+    shown = {
+        name
+        for page in ROOT.glob("docs/*.md")
+        for name in re.findall(r"!\[[^\]]{20,}\]\(drawings/([\w-]+\.svg)\)", text(page))
+    }
+    assert shown == set(drawn), "each is shown, with words for those who cannot see it"
+
+
+def test_the_drawn_lane_map_is_that_of_the_kernels() -> None:
+    source = text(ROOT / "crates" / "metal" / "kernels" / "fragments.metal")
+    found = re.search(r"quad = (.+);\s+lane\.row = (.+);\s+lane\.column = (.+);", source)
+    assert found is not None
+    as_python = [part.replace("lane.index", "index").replace("/", "//") for part in found.groups()]
+    for index in range(32):
+        quad = eval(as_python[0], {"index": index})  # noqa: S307
+        row, column = (
+            eval(part, {"index": index, "quad": quad})  # noqa: S307
+            for part in as_python[1:]
+        )
+        assert _lane(row, column) == _lane(row, column + 1) == index

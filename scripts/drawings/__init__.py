@@ -1,0 +1,1 @@
+"""The drawings of docs/drawings: `PYTHONPATH=scripts python -m drawings` writes them."""
