@@ -22,7 +22,6 @@ from metal_flash_attn import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
-    flash_attn_with_kvcache,
     plan,
 )
 from torch import Tensor
@@ -416,16 +415,6 @@ WRONG_CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         lambda: flash_attn_func(Q, K, K, softmax_scale=torch.tensor(1.0, requires_grad=True)),
         NotImplementedError,
         "softmax_scale: a tensor that requires grad is not supported; pass a Python number",
-    ),
-    (
-        lambda: varlen(block_table=CU),
-        NotImplementedError,
-        "block_table: paged keys and values are not supported; gather the pages",
-    ),
-    (
-        lambda: flash_attn_with_kvcache(Q, K, K),
-        NotImplementedError,
-        "flash_attn_with_kvcache is not supported; write the new keys and values into the cache",
     ),
     (
         lambda: attention(

@@ -123,7 +123,12 @@ def _parameter(way: Way) -> Any:
     return pytest.param(way, id=str(way), marks=marks)
 
 
-ways = pytest.mark.parametrize("way", [_parameter(way) for way in WAYS])
+def parametrize(which: list[Way]) -> pytest.MarkDecorator:
+    """Runs a test once for each of these ways."""
+    return pytest.mark.parametrize("way", [_parameter(way) for way in which])
+
+
+ways = parametrize(WAYS)
 gradient_ways = pytest.mark.parametrize(
     "way", [_parameter(way) for way in WAYS if not way.is_simulated or way.tier == "simdgroup"]
 )

@@ -22,8 +22,10 @@ __all__ = [
     "_settings",
     "_store_tiles",
     "_tile_candidates",
+    "attend_cached",
     "backward_into",
     "execute_backward",
+    "execute_cached_operator",
     "execute_operator",
     "fma_peak",
     "forward",
@@ -127,6 +129,44 @@ def forward(
     `packing` counts the tensors that came as one: 1 is q, k, v; 2 is q, kv (as k); 3 is qkv (as q).
     Returns out, or (out, lse) with `return_lse`.
     """
+
+def attend_cached(
+    caches_named: bool,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    cache_seqlens: int | Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    block_table: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int | None,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Sequence[int] | Tensor,
+    softcap: float,
+    rotary_interleaved: bool,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    top_left: bool,
+    num_splits: int,
+    return_lse: bool,
+    /,
+) -> Any:
+    """Attention over a cache as the public functions ask for it.
+
+    `caches_named` tells messages that the caches are called `k_cache` and `v_cache`, not `k` and
+    `v`. Returns out, or (out, lse) with `return_lse`.
+    """
+
+def execute_cached_operator(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The body of `torch.ops.mtlflashattn.attend_cached` and `append_and_attend`."""
 
 def execute_operator(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The body of `torch.ops.mtlflashattn.forward`."""

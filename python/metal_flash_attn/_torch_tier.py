@@ -35,7 +35,8 @@ RuleValues: TypeAlias = tuple[Any, ...]
 """`Rules` as the extension module hands them over."""
 
 
-def _rules(values: RuleValues) -> Rules:
+def rules_of(values: RuleValues) -> Rules:
+    """The rules as the functions of this tier take them."""
     rules = Rules(*values)
     return rules if rules.dropout is None else rules._replace(dropout=Dropout(*rules.dropout))
 
@@ -71,9 +72,9 @@ def forward(
     # Autocast would round the products, which the caller has a right to in float32.
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         if offsets is None:
-            _attend(q, k, v, 0, alibi_slopes, bias, out, lse, _rules(rules))
+            _attend(q, k, v, 0, alibi_slopes, bias, out, lse, rules_of(rules))
         else:
-            _attend_packed(q, k, v, offsets, alibi_slopes, out, lse, _rules(rules))
+            _attend_packed(q, k, v, offsets, alibi_slopes, out, lse, rules_of(rules))
 
 
 def _attend_packed(
@@ -92,17 +93,30 @@ def _attend_packed(
     for sequence in range(len(query_offsets) - 1):
         queries = slice(query_offsets[sequence], query_offsets[sequence + 1])
         keys = slice(key_offsets[sequence], key_offsets[sequence + 1])
-        _attend(
-            q[None, queries],
-            k[None, keys],
-            v[None, keys],
-            sequence,
-            _own_slopes(alibi_slopes, sequence),
-            None,
-            out[None, queries],
-            lse[None, :, queries],
-            rules,
-        )
+        own = (q[None, queries], out[None, queries], lse[None, :, queries])
+        attend_sequence(own, k[None, keys], v[None, keys], sequence, alibi_slopes, rules)
+
+
+def attend_sequence(
+    own: tuple[Tensor, Tensor, Tensor],
+    k: Tensor,
+    v: Tensor,
+    sequence: int,
+    alibi_slopes: Tensor | None,
+    rules: Rules,
+) -> None:
+    """Writes attention of one sequence.
+
+    Args:
+        own: its q `[1, Lq, H, D]`, out `[1, Lq, H, Dv]` and lse `[1, H, Lq]`.
+        k: `[1, Lk, Hk, D]`.
+        v: `[1, Lk, Hk, Dv]`.
+        sequence: its number in the batch.
+        alibi_slopes: of the batch, see `forward`.
+        rules: see `Rules`.
+    """
+    q, out, lse = own
+    _attend(q, k, v, sequence, _own_slopes(alibi_slopes, sequence), None, out, lse, rules)
 
 
 def _attend(
@@ -254,7 +268,7 @@ def backward(
         result_gradients: the gradients of out and, where there is one, of lse.
         gradients: see `Gradients`; shaped like what they are gradients of.
     """
-    to, parsed = Gradients(*gradients), _rules(rules)
+    to, parsed = Gradients(*gradients), rules_of(rules)
     out, lse = results
     d_out, d_lse = result_gradients
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):

@@ -33,7 +33,8 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from ._native import Plan, Trace, forward
+from ._cache_ops import traced as traced_cached
+from ._native import Plan, Trace, attend_cached, forward
 from ._native import plan as _plan
 from ._ops import traced
 from ._probabilities import s_dmask
@@ -200,26 +201,30 @@ def flash_attn_varlen_func(
 
     Args:
         q: `[Tq, H, D]`.
-        k: `[Tk, Hk, D]`.
-        v: `[Tk, Hk, Dv]`.
+        k: `[Tk, Hk, D]`, or `[pages, page_size, Hk, D]` with `block_table`.
+        v: the same with Dv.
         cu_seqlens_q: int32 `[B + 1]`, contiguous: sequence b has the rows `cu_seqlens_q[b]` to
             `cu_seqlens_q[b + 1]` of q. Offsets must not decrease, and may end before Tq.
-        cu_seqlens_k: the same for k and v.
+        cu_seqlens_k: the same for k and v; with `block_table` sequence b has
+            `cu_seqlens_k[b + 1] - cu_seqlens_k[b]` keys in its pages.
         max_seqlen_q: at least the length of the longest query sequence.
         max_seqlen_k: at least the length of the longest key sequence.
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
             return_attn_probs: see `flash_attn_func`.
-        block_table: paged keys and values are not supported.
+        block_table: int32 `[B, max_pages]`, the pages of each sequence, see
+            `flash_attn_with_kvcache`. Without dropout and gradients.
 
     Returns:
         out `[Tq, H, Dv]`; with `return_attn_probs` also lse, float32 `[H, Tq]`, and S_dmask with
         the longest sequences as lengths. Rows in no sequence get 0, and +inf.
     """
     if block_table is not None:
-        raise NotImplementedError(
-            "block_table: paged keys and values are not supported; gather the pages into packed "
-            "k and v"
+        result = _attend_pages(
+            (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+            (softmax_scale, causal, window_size, softcap),
+            (alibi_slopes, block_table, dropout_p, return_attn_probs),
         )
+        return (*result, q.new_empty((0,))) if return_attn_probs else result
     attend = traced if is_dynamo_compiling() else forward
     # fmt: off
     result = attend(
@@ -237,6 +242,28 @@ def flash_attn_varlen_func(
     )
     # fmt: on
     return (*result[:2], mask)
+
+
+def _attend_pages(
+    tensors: tuple[Any, ...], scores: tuple[Any, ...], rest: tuple[Any, ...]
+) -> Result:
+    """`flash_attn_varlen_func` with a block table."""
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = tensors
+    softmax_scale, causal, window_size, softcap = scores
+    alibi_slopes, block_table, dropout_p, return_lse = rest
+    if dropout_p != 0:
+        raise NotImplementedError(
+            f"dropout_p: dropout with probability {dropout_p} together with block_table is not "
+            "supported; pass 0.0"
+        )
+    attend = traced_cached if is_dynamo_compiling() else attend_cached
+    # fmt: off
+    return attend(
+        False, q, k, v, None, None, None, None, None, None, None, block_table, cu_seqlens_q,
+        cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap,
+        True, alibi_slopes, None, False, 0, return_lse,
+    )
+    # fmt: on
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -351,15 +378,52 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> Result:
-    """Attention over a cache of keys and values: not supported.
+    """Attention over a cache of keys and values, into which new ones are written first.
 
-    Raises:
-        NotImplementedError: always.
+    A sequence has a slot of a dense cache, or pages. Positions count the rows of its slot or its
+    pages, from 0. `cache_seqlens` of them are filled; new keys go behind them, and belong to the
+    keys that queries see. Lk, from which the diagonal starts, counts all keys of the sequence.
+
+    Nothing is written before every argument is checked; lengths, indices and pages are checked on
+    the CPU, and cut off at the cache on MPS, where reading them would wait for the GPU. There are
+    no gradients.
+
+    Args:
+        q: `[B, Lq, H, D]`.
+        k_cache: `[slots, positions, Hk, D]`, where B slots are those of the B sequences; or
+            `[pages, page_size, Hk, D]` with `block_table`. Last stride 1.
+        v_cache: the same with Dv.
+        k: `[B, new, Hk, D]`, written into the cache in place, or None. Wants `v` and
+            `cache_seqlens`, which is not changed.
+        v: `[B, new, Hk, Dv]`.
+        rotary_cos: `[positions, rotary_dim / 2]`, in the dtype of q, with a row for each position
+            of the cache: rotate `k` and q by their positions. New key t stands at position
+            `cache_seqlens + t`; query i at `cache_seqlens + i` with `causal` or a window, else all
+            of them at `cache_seqlens`. q itself stays as it is.
+        rotary_sin: the same.
+        cache_seqlens: filled positions of each sequence, int32 `[B]`, or one number for all;
+            None for the whole cache.
+        cache_batch_idx: int32 `[B]`, the slot of each sequence. Distinct ones if `k` is given.
+        cache_leftpad: int32 `[B]`, the position of the first key of each sequence.
+        block_table: int32 `[B, max_pages]`, the pages of each sequence in order; entries behind
+            the last key mean nothing. Page sizes are multiples of 256 in flash_attn, of 16 here.
+            Pages that get new keys belong to one sequence alone.
+        softmax_scale, causal, window_size, softcap, alibi_slopes: see `flash_attn_func`.
+        rotary_interleaved: values 0 and 1 of a head are a pair; else 0 and `rotary_dim / 2`.
+        num_splits: 0 to 128, accepted; how keys are split is the planner's choice.
+        return_softmax_lse: also return the log-sum-exp.
+
+    Returns:
+        out `[B, Lq, H, Dv]`; with `return_softmax_lse` also lse, float32 `[B, H, Lq]`.
     """
-    raise NotImplementedError(
-        "flash_attn_with_kvcache is not supported; write the new keys and values into the cache "
-        "and call flash_attn_func on its filled part"
+    attend = traced_cached if is_dynamo_compiling() else attend_cached
+    # fmt: off
+    return attend(
+        True, q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,
+        cache_leftpad, block_table, None, None, 0, None, softmax_scale, causal, window_size,
+        softcap, rotary_interleaved, alibi_slopes, None, False, num_splits, return_softmax_lse,
     )
+    # fmt: on
 
 
 def attention(

@@ -133,13 +133,24 @@ def test_zero_tensors_clears_what_follows_the_last_sequence(packed: dict[str, An
     assert bool(lse[:, :9].isfinite().all())
 
 
-@pytest.mark.parametrize("name", ["block_table", "leftpad_k", "seqused_k"])
+@pytest.mark.parametrize("name", ["leftpad_k", "seqused_k"])
 def test_paging_is_refused_by_name(packed: dict[str, Any], name: str) -> None:
     value: Any = {name: torch.zeros(3, dtype=torch.int32)}
     with pytest.raises(NotImplementedError, match=f"{name} is not supported"):
         interface._flash_attn_varlen_forward(
             **packed, dropout_p=0.0, softmax_scale=None, causal=False, **value
         )
+
+
+def test_pages_are_the_keys_that_the_table_says() -> None:
+    q, cu = torch.randn(9, 4, 16), torch.tensor([0, 5, 9], dtype=torch.int32)
+    k, v = torch.randn(2, 3, 16, 2, 16)
+    table = torch.tensor([[2], [0]], dtype=torch.int32)
+    step = (q, k, v, cu, cu, 5, 5, 0.0, None, True)
+    out, lse, *_ = interface._flash_attn_varlen_forward(*step, block_table=table)
+    keys, values = (torch.cat([t[2, :5], t[0, :4]]) for t in (k, v))
+    expected = interface._flash_attn_varlen_forward(q, keys, values, *step[3:])
+    torch.testing.assert_close((out, lse), expected[:2])
 
 
 def test_backward_writes_the_gradients_of_autograd() -> None:

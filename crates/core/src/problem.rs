@@ -375,6 +375,13 @@ impl Problem {
                 instead: "gather the keys into a batch".into(),
             });
         }
+        if options.dropout.is_some() {
+            return Err(Error::Unsupported {
+                argument: "dropout_p",
+                got: "dropout over keys in a cache".into(),
+                instead: "pass dropout_p=0.0".into(),
+            });
+        }
         let cache = Cache::new(&k, batch, cache_options)?;
         let lengths = cache::lengths(&cache, queries);
         let (heads, dims) = ([query_heads, key_heads, value_heads], [head_dim, key_dim, value_dim]);

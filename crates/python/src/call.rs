@@ -73,28 +73,72 @@ pub enum Slot {
     /// Additive bias or boolean mask.
     Bias,
     Sinks,
+    /// Keys to append to a cache, which is `K` then.
+    NewK,
+    NewV,
+    RotaryCos,
+    RotarySin,
+    CacheSeqlens,
+    CacheBatchIdx,
+    CacheLeftpad,
+    BlockTable,
 }
 
 impl Slot {
-    pub const ALL: [Self; 8] =
-        [Self::Q, Self::K, Self::V, Self::CuSeqlensQ, Self::CuSeqlensK, Self::AlibiSlopes, Self::Bias, Self::Sinks];
+    pub const ALL: [Self; 16] = [
+        Self::Q,
+        Self::K,
+        Self::V,
+        Self::CuSeqlensQ,
+        Self::CuSeqlensK,
+        Self::AlibiSlopes,
+        Self::Bias,
+        Self::Sinks,
+        Self::NewK,
+        Self::NewV,
+        Self::RotaryCos,
+        Self::RotarySin,
+        Self::CacheSeqlens,
+        Self::CacheBatchIdx,
+        Self::CacheLeftpad,
+        Self::BlockTable,
+    ];
 
     /// Whether engines need neighbours along the last dimension side by side.
     pub const fn has_rows(self) -> bool {
-        matches!(self, Self::Q | Self::K | Self::V)
+        matches!(
+            self,
+            Self::Q
+                | Self::K
+                | Self::V
+                | Self::NewK
+                | Self::NewV
+                | Self::RotaryCos
+                | Self::RotarySin
+                | Self::CacheSeqlens
+                | Self::CacheBatchIdx
+                | Self::CacheLeftpad
+                | Self::BlockTable
+        )
     }
 
     /// Name in the functions that pack nothing.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Q => "q",
-            Self::K => "k",
-            Self::V => "v",
+            Self::K | Self::NewK => "k",
+            Self::V | Self::NewV => "v",
             Self::CuSeqlensQ => "cu_seqlens_q",
             Self::CuSeqlensK => "cu_seqlens_k",
             Self::AlibiSlopes => "alibi_slopes",
             Self::Bias => "bias",
             Self::Sinks => "sinks",
+            Self::RotaryCos => "rotary_cos",
+            Self::RotarySin => "rotary_sin",
+            Self::CacheSeqlens => "cache_seqlens",
+            Self::CacheBatchIdx => "cache_batch_idx",
+            Self::CacheLeftpad => "cache_leftpad",
+            Self::BlockTable => "block_table",
         }
     }
 }
@@ -104,9 +148,13 @@ impl Slot {
 pub struct Tensors<T>([Option<T>; Slot::ALL.len()]);
 
 impl<T> Tensors<T> {
-    /// In the order of [`Slot::ALL`].
-    pub const fn new(tensors: [Option<T>; Slot::ALL.len()]) -> Self {
-        Self(tensors)
+    /// In the order of [`Slot::ALL`], of which the last ones may be left out.
+    pub fn new<const N: usize>(tensors: [Option<T>; N]) -> Self {
+        let mut all = Self::none();
+        for (to, tensor) in all.0.iter_mut().zip(tensors) {
+            *to = tensor;
+        }
+        all
     }
 
     pub const fn none() -> Self {
@@ -249,14 +297,18 @@ fn sequences(form: Form, objects: &Tensors<Bound<'_, PyAny>>, views: &Tensors<Vi
     Ok(batch[0])
 }
 
-fn float_dtype(argument: &'static str, view: &View, object: &Bound<'_, PyAny>) -> Result<Dtype> {
+pub fn float_dtype(argument: &'static str, view: &View, object: &Bound<'_, PyAny>) -> Result<Dtype> {
     match view.element {
         Element::Float(dtype) => Ok(dtype),
         _ => Err(dtype_error(argument, object, "float32, float16 or bfloat16")),
     }
 }
 
-fn float32<'a>(slot: Slot, objects: &Tensors<Bound<'_, PyAny>>, views: &'a Tensors<View>) -> Result<Option<&'a View>> {
+pub fn float32<'a>(
+    slot: Slot,
+    objects: &Tensors<Bound<'_, PyAny>>,
+    views: &'a Tensors<View>,
+) -> Result<Option<&'a View>> {
     match (objects.get(slot), views.get(slot)) {
         (Some(object), Some(view)) if view.element != Element::Float(Dtype::F32) => {
             Err(dtype_error(slot.name(), object, "float32"))

@@ -21,10 +21,10 @@ use crate::{metal, settings, trace};
 pub const SMALL_FLOPS: f64 = 5e5;
 
 /// Results as torch tensors.
-struct Results<'py> {
-    out: Bound<'py, PyAny>,
-    out_view: View,
-    lse: Option<(Bound<'py, PyAny>, View)>,
+pub struct Results<'py> {
+    pub out: Bound<'py, PyAny>,
+    pub out_view: View,
+    pub lse: Option<(Bound<'py, PyAny>, View)>,
 }
 
 /// Reads a CPU tensor in the quickest way that this torch has; `None` when it needs a closer look: another device, no
@@ -270,7 +270,7 @@ fn read_offsets(torch: &Torch, object: Option<&Bound<'_, PyAny>>, view: Option<&
 
 /// out as `torch.empty_like(q)` lays it out, contiguous where v has another width or `empty_like` does not keep rows
 /// contiguous (overlapping q); lse contiguous float32. The fake implementations of the operators mirror this.
-fn allocate<'py>(
+pub fn allocate<'py>(
     torch: &Torch,
     form: Form,
     objects: &Tensors<Bound<'py, PyAny>>,
@@ -331,7 +331,7 @@ fn read_result<'py>(torch: &Torch, tensor: Bound<'py, PyAny>) -> Result<(Bound<'
 
 impl<'py> Results<'py> {
     /// `(out, lse)`, or out where no LSE was asked for.
-    fn into_python(self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+    pub fn into_python(self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         match self.lse {
             None => Ok(self.out),
             Some((lse, _)) => Ok((self.out, lse).into_pyobject(py)?.into_any()),

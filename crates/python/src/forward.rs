@@ -85,7 +85,7 @@ pub fn forward<'py>(
 
 /// Reads the tensors if they are plain tensors of one place that some engine reads directly, and nothing wants to see the
 /// call (torch.compile is asked earlier, in Python); false sends the call to the operator.
-fn read_direct(
+pub fn read_direct(
     py: Python<'_>,
     torch: &Torch,
     tensors: &Tensors<Bound<'_, PyAny>>,
@@ -246,7 +246,7 @@ pub fn sdpa<'py>(
 }
 
 /// Reads tensors of one place, whichever it is.
-fn read_any(torch: &Torch, tensors: &Tensors<Bound<'_, PyAny>>) -> Result<Tensors<View>> {
+pub fn read_any(torch: &Torch, tensors: &Tensors<Bound<'_, PyAny>>) -> Result<Tensors<View>> {
     let place = Place::of(tensors.q())?;
     let mut views = Tensors::none();
     for (slot, tensor) in tensors.present() {

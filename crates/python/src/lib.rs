@@ -16,6 +16,7 @@ mod form;
 mod forward;
 mod gpu;
 mod kernels;
+mod kvcache;
 mod machine;
 mod metal;
 mod mps;
@@ -49,6 +50,8 @@ mod _native {
     use super::error::_panic;
     #[pymodule_export]
     use super::forward::{execute_operator, forward, sdpa};
+    #[pymodule_export]
+    use super::kvcache::{attend_cached, execute_cached_operator};
     #[pymodule_export]
     use super::machine::{fma_peak, instruction_sets, read_bandwidth};
     #[pymodule_export]

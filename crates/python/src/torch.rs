@@ -131,6 +131,21 @@ impl Torch {
         here.call_method1("to", (torch.getattr(dtype)?,))?.call_method1("to", (like.getattr("device")?,))
     }
 
+    /// An int64 tensor of `values` on the device of `like`, whatever the default device is.
+    pub fn indices<'py>(like: &Bound<'py, PyAny>, values: &[i64]) -> PyResult<Bound<'py, PyAny>> {
+        let py = like.py();
+        let torch = py.import("torch")?;
+        let int64 = torch.getattr("int64")?;
+        if values.is_empty() {
+            let keywords = [("dtype", int64)].into_py_dict(py)?;
+            return like.call_method("new_empty", ((0,),), Some(&keywords));
+        }
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_ne_bytes()).collect();
+        let keywords = [("dtype", int64)].into_py_dict(py)?;
+        let here = torch.call_method("frombuffer", (PyByteArray::new(py, &bytes),), Some(&keywords))?;
+        here.call_method1("to", (like.getattr("device")?,))
+    }
+
     /// The elements of a tensor of any device.
     pub fn to_f64s(tensor: &Bound<'_, PyAny>) -> PyResult<Vec<f64>> {
         let float64 = tensor.py().import("torch")?.getattr("float64")?;

@@ -136,20 +136,18 @@ def _flash_attn_varlen_forward(
     """`flash_attn_varlen_func` as a single step that returns what a backward pass needs.
 
     The arguments mean what they mean there, the two halves of the window apart. `return_softmax`
-    asks for the third result, which there is only with dropout. `block_table`, `leftpad_k` and
-    `seqused_k` must be None. `zero_tensors` gives queries beyond the last sequence output 0 and
-    log-sum-exp -inf.
+    asks for the third result, which there is only with dropout. `leftpad_k` and `seqused_k` must be
+    None. `zero_tensors` gives queries beyond the last sequence output 0 and log-sum-exp -inf.
 
     Returns:
         out `[tokens, heads, head_dim]`; the log-sum-exp, fp32 `[heads, tokens]`; S_dmask, or an
         empty tensor; and the state of the random numbers, see `_flash_attn_forward`.
 
     Raises:
-        NotImplementedError: `block_table`, `leftpad_k` or `seqused_k` is given.
+        NotImplementedError: `leftpad_k` or `seqused_k` is given.
         Whatever `flash_attn_varlen_func` raises.
     """
-    paging = {"block_table": block_table, "leftpad_k": leftpad_k, "seqused_k": seqused_k}
-    for name, value in paging.items():
+    for name, value in {"leftpad_k": leftpad_k, "seqused_k": seqused_k}.items():
         if value is not None:
             raise NotImplementedError(
                 f"{name} is not supported by _flash_attn_varlen_forward; pass {name}=None with "
@@ -159,9 +157,16 @@ def _flash_attn_varlen_forward(
     call = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
             causal, (window_size_left, window_size_right))
     # fmt: on
-    out, softmax_lse, probabilities, rng_state = _forward(
-        q, k, v, call, softcap, alibi_slopes, return_softmax
-    )
+    if block_table is not None:
+        results = flash_attn_varlen_func(
+            q, k, v, *call, softcap, alibi_slopes, False, True, block_table
+        )
+        out, softmax_lse, probabilities = results
+        rng_state = torch.zeros(2, dtype=torch.int64, device=q.device)
+    else:
+        out, softmax_lse, probabilities, rng_state = _forward(
+            q, k, v, call, softcap, alibi_slopes, return_softmax
+        )
     if zero_tensors:
         end = int(cu_seqlens_q[-1])
         out[end:] = 0
