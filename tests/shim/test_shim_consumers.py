@@ -164,3 +164,99 @@ report(import_utils._is_package_available("flash_attn", return_version=True))
 """
     env = {"MTLFLASHATTN_SHIM_DENY": "transformers", "HF_HUB_OFFLINE": "1"}
     assert run_installed(code, MTLFLASHATTN_SHIM="on", **env) == [False, "N/A"]
+
+
+# What projects do with flash_attn once they have found it, in short.
+USES = {
+    "SeedVR2 asks for the compiled module, too": """
+import importlib.util
+found = all(importlib.util.find_spec(x) for x in ("flash_attn", "flash_attn_2_cuda"))
+import flash_attn_2_cuda
+assert found
+""",
+    "esm imports three parts one by one, and takes each for granted on a CPU": """
+found = []
+try:
+    from flash_attn import flash_attn_varlen_qkvpacked_func
+    found.append("attention")
+except ImportError: pass
+try:
+    from flash_attn.bert_padding import pad_input, unpad_input
+    found.append("padding")
+except ImportError: pass
+try:
+    from flash_attn.ops.triton.rotary import apply_rotary
+    found.append("rotary")
+except ImportError: pass
+assert found == ["attention", "padding", "rotary"]
+x = torch.randn(2, 5, 3, 2, 8)
+kept = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+packed, indices, cu_seqlens, longest, _ = unpad_input(x, kept)
+angles = torch.randn(5, 4)
+q = apply_rotary(packed[:, 0], angles.cos(), angles.sin(), cu_seqlens=cu_seqlens, max_seqlen=5)
+out = flash_attn_varlen_qkvpacked_func(packed, cu_seqlens, longest, softmax_scale=0.3)
+assert pad_input(out, indices, 2, 5).shape == (2, 5, 2, 8) and q.shape == packed[:, 0].shape
+""",
+    "TRELLIS attends in thousands of windows": """
+from flash_attn import flash_attn_varlen_qkvpacked_func
+lengths = torch.randint(1, 9, (2000,))
+cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int()
+qkv = torch.randn(int(lengths.sum()), 3, 2, 8).half()
+assert flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max(lengths.tolist())).isfinite().all()
+""",
+    "stable-audio-tools passes a window as a list": """
+from flash_attn import flash_attn_func
+q = torch.randn(1, 6, 2, 8)
+assert torch.equal(flash_attn_func(q, q, q, window_size=[-1, -1]), flash_attn_func(q, q, q))
+""",
+    "the tests of flash_attn pass a window as a tensor": """
+from flash_attn import flash_attn_func
+q = torch.randn(1, 6, 2, 8)
+same = flash_attn_func(q, q, q, window_size=(2, 1))
+assert torch.equal(flash_attn_func(q, q, q, window_size=torch.tensor([2, 1])), same)
+""",
+    "HunyuanVideo merges by the second of four results": """
+from flash_attn.flash_attn_interface import _flash_attn_forward
+q = torch.randn(1, 6, 2, 8)
+out, lse, mask, state = _flash_attn_forward(
+    q, q, q, dropout_p=0.0, softmax_scale=0.3, causal=False, window_size_left=-1,
+    window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False)
+assert out.shape == q.shape and lse.shape == (1, 2, 6)
+""",
+    "Wan and FLASH_ATTENTION_DETERMINISTIC ask for determinism": """
+from flash_attn import flash_attn_varlen_func
+q = torch.randn(6, 2, 8)
+cu_seqlens = torch.tensor([0, 2, 6], dtype=torch.int32)
+flash_attn_varlen_func(q, q, q, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=4,
+                       max_seqlen_k=4, deterministic=True, dropout_p=0.0, causal=False)
+""",
+    "transformers learns from a signature what it may pass": """
+import inspect
+from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+names = inspect.signature(flash_attn_varlen_func).parameters
+for name in ("dropout_p", "softmax_scale", "causal", "window_size", "softcap", "deterministic",
+             "block_table", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"):
+    assert name in names, name
+assert "cache_seqlens" in inspect.signature(flash_attn_with_kvcache).parameters
+""",
+    "ModernBERT compares the version of the distribution": """
+import importlib.metadata
+from packaging.version import parse
+assert parse(importlib.metadata.version("flash_attn")) >= parse("2.5.7")
+assert "flash-attn" in importlib.metadata.packages_distributions()["flash_attn"]
+""",
+}
+
+
+def test_what_projects_do_with_it(run_installed: Any) -> None:
+    code = f"""
+import traceback, torch
+failed = {{}}
+for name, text in {USES!r}.items():
+    try:
+        exec(text, {{"torch": torch}})
+    except BaseException:
+        failed[name] = traceback.format_exc()
+report(failed)
+"""
+    assert run_installed(code, MTLFLASHATTN_SHIM="on") == {}
