@@ -221,14 +221,48 @@ def test_scripts_hold_torchs_operator() -> None:
     assert "mtlflashattn" not in str(traced.graph)
 
 
-def test_training_is_torchs() -> None:
+def test_training_is_served() -> None:
     sdpa.install(cpu=True)
-    q, k, v = (tensor.requires_grad_() for tensor in tensors())
-    assert not is_served(q, k, v)
-    functional.scaled_dot_product_attention(q, k, v).sum().backward()
-    assert q.grad is not None
-    with torch.no_grad():
-        assert is_served(q, k, v)
+    leaves = [tensor.requires_grad_() for tensor in tensors()]
+    expected = torch.autograd.grad(stock(*leaves).square().sum(), leaves)
+    with trace() as calls:
+        out = functional.scaled_dot_product_attention(*leaves)
+        got = torch.autograd.grad(out.square().sum(), leaves)
+    assert [entry.backward for entry in calls.calls] == [False, True]
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    # What is torch's: the gradient of a mask, and derivatives of gradients.
+    mask = torch.zeros(64, 64, requires_grad=True)
+    assert not is_served(*leaves, attn_mask=mask)
+    assert sdpa.explain(*leaves, attn_mask=mask).gate == "gradient"
+    out = functional.scaled_dot_product_attention(*leaves)
+    first = torch.autograd.grad(out.sum(), leaves, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"SDPBackend\.MATH"):
+        first[0].sum().backward()
+
+
+def test_what_falls_through_with_gradients_may_be_served_without() -> None:
+    """The forms that the patch remembers are apart."""
+
+    class Picky:
+        def __init__(self) -> None:
+            self.asked: list[bool] = []
+
+        def decide(self, call: _stock.Call) -> sdpa.Decision:
+            self.asked.append(call.gradient)
+            return sdpa.Decision(not call.gradient, "thresholds", "")
+
+    sdpa.install(cpu=True)
+    gates, picky = sdpa._state.patch.cpu, Picky()  # type: ignore[union-attr]
+    assert gates is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gates, "decide", picky.decide)
+        q, k, v = tensors()
+        for _ in range(2):
+            assert not is_served(q.requires_grad_(), k, v)
+            with torch.no_grad():
+                assert is_served(q, k, v)
+    assert picky.asked == [True, False, False]
 
 
 # torch.compile.
@@ -271,17 +305,20 @@ def test_compiled_calls_follow_install_and_uninstall() -> None:
     with sdpa.patched(cpu=True):
         assert count(q, k, v) == 1
         assert count(*(t[:, :, :1, :1] for t in (q, k, v))) == 0
-        assert count(q.clone().requires_grad_(), k, v) == 0
+        assert count(q.clone().requires_grad_(), k, v) == 1
     assert count(q, k, v) == 0
     compiled(q, k, v)
 
 
-def test_compiled_training_is_torchs() -> None:
-    q, k, v = (tensor.requires_grad_() for tensor in tensors())
+def test_compiled_training_is_served() -> None:
+    leaves = [tensor.requires_grad_() for tensor in tensors()]
+    expected = torch.autograd.grad(attend(*leaves, None).sum(), leaves)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     with sdpa.patched(cpu=True), trace() as calls:
-        torch.compile(attend, fullgraph=True, backend="aot_eager")(q, k, v, None).sum().backward()
-    assert not calls.calls
-    assert q.grad is not None
+        got = torch.autograd.grad(compiled(*leaves, None).sum(), leaves)
+    assert sum(entry.calls for entry in calls.calls if entry.backward) == 2
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_exported_programs_hold_torchs_operator() -> None:
@@ -381,6 +418,7 @@ def mps_call(length: int = 512, keys: int | None = None, **changes: Any) -> _sto
         "causal": False,
         "contiguous": True,
         "same_batch": True,
+        "gradient": False,
     }
     return _stock.Call(**(fields | changes))
 
@@ -426,6 +464,13 @@ DECISIONS = {
     "decode with a mask in 2.12": (OLD, mps_call(1, 64, mask=torch.bool), "correctness", "184180"),
     "decode with a mask": (NEW, mps_call(1, 64, mask=torch.bool), "thresholds", None),
     "decode with fewer keys": ((2, 8), mps_call(8, 7), "thresholds", None),
+    "training, short": (NEW, mps_call(gradient=True), "thresholds", None),
+    "training, uneven v": (NEW, mps_call(value_dim=32, gradient=True), "thresholds", None),
+    "training, causal half": (NEW, mps_call(dtype=torch.float16, causal=True, gradient=True),
+                              "thresholds", None),
+    "training, long": (NEW, mps_call(8192, dtype=torch.float16, gradient=True), "length", None),
+    "training, large": (NEW, mps_call(2048, batch=96, gradient=True), "memory", None),
+    "training, larger": (NEW, mps_call(4095, batch=33, gradient=True), "correctness", "197636"),
 }  # fmt: skip
 
 
@@ -454,7 +499,11 @@ def test_every_defect_has_a_call_that_meets_it() -> None:
         assert entry.source.startswith("https://github.com/pytorch/pytorch/")
     for defect in _stock.DEFECTS:
         assert defect.until is None or defect.since < defect.until
-        assert defect.kernel in {_stock.GRAPH, *(kernel.name for kernel in _stock.KERNELS)}
+        assert defect.kernel in {
+            _stock.GRAPH,
+            _stock.MATH,
+            *(kernel.name for kernel in _stock.KERNELS),
+        }
 
 
 def test_the_speed_gate_asks_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -462,6 +511,7 @@ def test_the_speed_gate_asks_the_planner(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(_gates, "_is_fast", lambda *_: True)
     assert gates.decide(mps_call(1024)).gate == "speed"
     assert gates.decide(mps_call(1023)).gate == "thresholds"
+    assert gates.decide(mps_call(1024, gradient=True)).gate == "thresholds"
     assert _gates.MpsGates(THRESHOLDS, NEW).decide(mps_call(1024)).gate == "thresholds"
 
 

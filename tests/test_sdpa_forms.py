@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -35,6 +35,13 @@ class Form:
     positional: tuple[Any, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     context: Callable[[], Any] = contextlib.nullcontext
+    on_simulator: bool = True
+
+    @property
+    def differentiable(self) -> dict[str, Tensor]:
+        """The inputs that require grad, by name."""
+        inputs = {"q": self.q, "k": self.k, "v": self.v}
+        return {n: t for n, t in inputs.items() if isinstance(t, Tensor) and t.requires_grad}
 
 
 def plain(*leading: int, lq: int = LQ, lk: int = LK, d: int = D, dv: int = D) -> list[Tensor]:
@@ -173,8 +180,9 @@ def forms() -> dict[str, Form]:
         "scale positional": refused(q, k, v, None, 0.0, False, 0.3),
         "scale text": refused(q, k, v, scale="0.3"),
         # Gradients and dropout.
-        "q requires grad": refused(q.clone().requires_grad_(), k, v),
-        "v requires grad": refused(q, k, v.clone().requires_grad_()),
+        "q requires grad": given(q.clone().requires_grad_(), k, v),
+        "v requires grad": given(q, k, v.clone().requires_grad_()),
+        "k and v require grad": given(q, k.clone().requires_grad_(), v.clone().requires_grad_()),
         "mask requires grad": refused(q, k, v, attn_mask=torch.randn(LQ, LK, requires_grad=True)),
         "grad mode off": Form(q.clone().requires_grad_(), k, v, context=no_grad),
         "inference mode": Form(q, k, v, context=torch.inference_mode),
@@ -212,7 +220,29 @@ def forms() -> dict[str, Form]:
     }  # fmt: skip
 
 
+# Forms that are called once more with gradients of q, k and v, also on the simulator or not:
+# each takes kernels of its own there.
+WITH_GRADIENTS = {
+    "plain": True, "causal grouped float16": True, "bool 4-d": True, "tokens first": True,
+    "packed qkv": False, "expanded batch": False, "k and v columns": False, "one query": False,
+    "wide v": False, "narrow v": False, "3-d": False, "3-d tokens first": False, "5-d": False,
+    "5-d tokens first": False, "batch of k and v is broadcast": False,
+    "batch of q is broadcast": False, "float16": False, "bfloat16": False, "bool of keys": False,
+    "bool hides all": False, "bool 3-d": False, "float 2-d": False, "float with -inf": False,
+    "5-d and bool 4-d": False, "causal": False, "causal, more queries": False, "grouped": False,
+    "one key head is broadcast": False, "negative scale": False, "autocast": False,
+    "autocast, mixed": False, "float64": False, "sdpa_kernel math": False,
+}  # fmt: skip
+
+
+def with_gradients(form: Form, on_simulator: bool) -> Form:
+    """The same form with inputs that require grad."""
+    q, k, v = (tensor.detach().requires_grad_() for tensor in (form.q, form.k, form.v))
+    return replace(form, q=q, k=k, v=v, on_simulator=on_simulator)
+
+
 TABLE = forms()
+TABLE |= {f"{n}, gradients": with_gradients(TABLE[n], on) for n, on in WITH_GRADIENTS.items()}
 
 
 @contextlib.contextmanager
@@ -235,8 +265,11 @@ def call(function: Callable[..., Any], form: Form) -> Any:
             return error
 
 
-def judge(form: Form, dtype: torch.dtype, simulated: bool) -> reference.Reference:
-    """The exact result, flat over leading dimensions, with bounds."""
+Problem = tuple[Tensor, Tensor, Tensor, reference.Rules]
+
+
+def problem_of(form: Form, dtype: torch.dtype) -> Problem:
+    """q, k and v as `[batch, length, heads, dim]`, flat over leading dimensions, and the rules."""
     options = dict(zip(("attn_mask", "dropout_p", "is_causal"), form.positional, strict=False))
     options |= form.options
     q, k, v = (tensor.detach().to(dtype) for tensor in (form.q, form.k, form.v))
@@ -257,8 +290,39 @@ def judge(form: Form, dtype: torch.dtype, simulated: bool) -> reference.Referenc
             mask = mask.to(dtype)
         mask = mask.expand(*leading, q.shape[2], q.shape[1], k.shape[1]).flatten(0, -4)
         rules.mask, rules.bias = (mask, None) if mask.dtype == torch.bool else (None, mask)
-    weights = dtype if simulated else torch.float32
-    return reference.attention(q, k, v, rules, reference.Arithmetic(simulated, weights))
+    return q, k, v, rules
+
+
+def arithmetic(dtype: torch.dtype, device: str) -> reference.Arithmetic:
+    """How the device computes in `dtype`."""
+    is_simulated = device == "simulator"
+    return reference.Arithmetic(is_simulated, dtype if is_simulated else torch.float32)
+
+
+def check_gradients(form: Form, expected: Tensor, got: Tensor, device: str) -> None:
+    """Requires right gradients with the shapes and dtypes of those of stock torch."""
+    inputs = form.differentiable
+    d_out = torch.randn(got.shape).to(got.dtype)
+    theirs = torch.autograd.grad(expected, list(inputs.values()), d_out)
+    ours = torch.autograd.grad(got, list(inputs.values()), d_out)
+    *tensors, rules = problem_of(form, got.dtype)
+    q, k, v = tensors
+    flat_d_out = d_out.reshape(-1, *d_out.shape[-3:]).transpose(1, 2)
+    exact = reference.gradients(q, k, v, flat_d_out, None, rules, arithmetic(got.dtype, device))
+    leading = torch.broadcast_shapes(*(tensor.shape[:-3] for tensor in (form.q, form.k, form.v)))
+
+    def unflat(name: str, values: Tensor) -> Tensor:
+        """`[..., heads, length, dim]`, summed over what was broadcast."""
+        values = values.transpose(1, 2)
+        return values.reshape(*leading, *values.shape[1:]).sum_to_size(inputs[name].shape)
+
+    for name, stock_gradient, gradient in zip(inputs, theirs, ours, strict=True):
+        assert gradient.dtype == stock_gradient.dtype == inputs[name].dtype
+        assert gradient.shape == stock_gradient.shape
+        # A sum over broadcast dimensions is rounded once more for each term.
+        rounded = exact.bounds[name] + reference.UNIT[got.dtype] * exact.exact[name].abs()
+        bound = unflat(name, exact.bounds[name] if leading == () else rounded)
+        reference.assert_within(f"d{name}", gradient, unflat(name, exact.exact[name]), bound)
 
 
 def test_the_table_is_long() -> None:
@@ -266,9 +330,16 @@ def test_the_table_is_long() -> None:
     assert sum(form.served for form in TABLE.values()) >= 60
 
 
-@pytest.mark.parametrize("name", TABLE)
-@pytest.mark.parametrize("device", ["cpu", "simulator"])
-def test_patched_and_stock_agree(name: str, device: str) -> None:
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        (device, name)
+        for device in ("cpu", "simulator")
+        for name, form in TABLE.items()
+        if device == "cpu" or form.on_simulator
+    ],
+)
+def test_patched_and_stock_agree(device: str, name: str) -> None:
     form = TABLE[name]
     expected = call(stock, form)
     with patch_on(device):
@@ -296,6 +367,10 @@ def test_patched_and_stock_agree(name: str, device: str) -> None:
     if not form.served:
         assert torch.equal(got.nan_to_num(), expected.nan_to_num())
         return
-    exact = judge(form, got.dtype, device == "simulator")
+    q, k, v, rules = problem_of(form, got.dtype)
+    exact = reference.attention(q, k, v, rules, arithmetic(got.dtype, device))
     flat = got.unsqueeze(0) if got.dim() == 3 else got
     exact.check(flat.flatten(0, -4).transpose(1, 2))
+    if got.requires_grad:
+        with patch_on(device):
+            check_gradients(form, expected, got, device)

@@ -224,7 +224,7 @@ pub fn sdpa<'py>(
         let boolean_mask = views.get(Slot::Bias).is_some_and(|view| view.element == Element::Bool);
         let form = Form::heads_first(layout, boolean_mask);
         if tensors.need_gradients(torch)? {
-            // The patch leaves such calls to torch before it comes here.
+            // Such calls of the patch take `attention`.
             return Err(Error::Problem(core::Error::Unsupported {
                 argument: "query, key, value",
                 got: "a tensor that requires grad".into(),

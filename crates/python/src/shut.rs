@@ -13,14 +13,16 @@ use crate::torch::Torch;
 
 /// Whatever decides whether shapes are served and a gate opens.
 ///
-/// No gradients, dropout, scale, devices of k and v or surroundings: a decision that depends on them must not be kept.
+/// No gradient of a mask, dropout, scale, devices of k and v or surroundings: a decision that depends on them must not be kept.
 #[derive(PartialEq, Eq, Hash)]
+#[allow(clippy::struct_excessive_bools, reason = "arguments are given or not")]
 struct Form {
     place: Place,
     elements: [Element; 3],
     mask: Option<Element>,
     is_causal: bool,
     enable_gqa: bool,
+    needs_gradient: bool,
     is_query_contiguous: bool,
     ranks: [usize; 3],
     shapes: [[i64; MAX_DIMS]; 3],
@@ -55,6 +57,12 @@ impl Form {
         let is_causal = flag(argument(options, 2, named, intern!(py, "is_causal"))?);
         let enable_gqa = flag(named.get_item(intern!(py, "enable_gqa"))?);
         let (Some(is_causal), Some(enable_gqa)) = (is_causal, enable_gqa) else { return Ok(None) };
+        let mut needs_gradient = false;
+        if torch.is_grad_enabled(py)? {
+            for tensor in [query, key, value] {
+                needs_gradient |= tensor.getattr(intern!(py, "requires_grad"))?.is_truthy()?;
+            }
+        }
         let views = [&q, &k, &v];
         Ok(Some(Self {
             place: q.place,
@@ -62,6 +70,7 @@ impl Form {
             mask,
             is_causal,
             enable_gqa,
+            needs_gradient,
             is_query_contiguous: q.is_contiguous(),
             ranks: views.map(|view| view.shape().len()),
             shapes: views.map(View::padded_shape),

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
 from metal_flash_attn import _native
+from metal_flash_attn.interface import attention
 
 from ._gates import Decision, Gates
 from ._operator import SDPA
@@ -27,7 +28,9 @@ _DEVICE: Final = Decision(
     False, "device", "only MPS tensors are served, and CPU tensors after install(cpu=True)"
 )
 _NESTED: Final = Decision(False, "type", "nested tensors are not served")
-_GRADIENT: Final = Decision(False, "gradient", "an input requires grad while grad mode is on")
+_GRADIENT: Final = Decision(
+    False, "gradient", "the mask requires grad while grad mode is on: its gradient is torch's"
+)
 _SHAPE: Final = Decision(
     False,
     "shape",
@@ -112,10 +115,6 @@ def _refuse_early(
         return _DEVICE
     if attn_mask is not None and is_causal is True:
         return _MASKED_CAUSAL
-    if torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad
-    ):
-        return _GRADIENT
     return _NESTED if query.is_nested or key.is_nested or value.is_nested else None
 
 
@@ -154,6 +153,8 @@ def _describe(
         is_causal is True,
         query.is_contiguous(),
         same_batch and dims < 5,
+        torch.is_grad_enabled()
+        and (query.requires_grad or key.requires_grad or value.requires_grad),
     )
 
 
@@ -265,8 +266,40 @@ def attend(
             tensor if tensor.shape[0] == call.batch else tensor.expand(call.batch, -1, -1, -1)
             for tensor in (query, key, value)
         )
-    run = SDPA if is_dynamo_compiling() else _native.sdpa
-    out: Tensor = run(query, key, value, attn_mask, is_causal, scale, out_layout)
+    out: Tensor
+    if call.gradient:
+        out = _differentiable(query, key, value, attn_mask, is_causal, scale, out_layout)
+    else:
+        run = SDPA if is_dynamo_compiling() else _native.sdpa
+        out = run(query, key, value, attn_mask, is_causal, scale, out_layout)
     if len(shape) == 3:
         return out.squeeze(0)
     return out.unflatten(0, shape[:2]) if len(shape) == 5 else out
+
+
+def _differentiable(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    out_layout: str,
+) -> Tensor:
+    """`_native.sdpa` with gradients of query, key and value."""
+    is_boolean = attn_mask is not None and attn_mask.dtype == torch.bool
+    tokens_first: Any = attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        causal=is_causal,
+        softmax_scale=scale,
+        bias=None if is_boolean else attn_mask,
+        mask=attn_mask if is_boolean else None,
+        top_left=True,
+    )
+    # Laid out as q is, or by tokens: neither is copied where stock torch has the same.
+    if out_layout == "tokens_first":
+        tokens_first = tokens_first.contiguous()
+    out: Tensor = tokens_first.transpose(1, 2)
+    return out.contiguous() if out_layout == "contiguous" else out

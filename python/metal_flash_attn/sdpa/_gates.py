@@ -13,7 +13,7 @@ from metal_flash_attn import _native
 from metal_flash_attn.interface import plan
 
 from ._operator import STOCK
-from ._stock import GRAPH, HALF, LONG_HALF, MASKED_CAUSAL_ABORTS, Call, Stock, Version
+from ._stock import GRAPH, HALF, LONG_HALF, MASKED_CAUSAL_ABORTS, MATH, Call, Stock, Version
 
 MOST_FORMS = 4096
 """Lengths that never come again must not fill the memory."""
@@ -124,15 +124,16 @@ class MpsGates:
         defect = self._stock.defect(call, kernel)
         if defect is not None:
             return self._defects[defect]
-        if call.head_dim != call.value_dim:
+        if call.head_dim != call.value_dim and kernel == GRAPH:
             return self._open["uneven-v"]
-        if kernel != GRAPH:
+        if kernel not in {GRAPH, MATH}:
             return self._closed
         if call.longest >= self._thresholds.min_seq:
-            return self._open["length, half" if call.dtype in HALF else "length"]
-        if call.longest >= self._thresholds.fast_min_seq and _is_fast(
-            call.dtype, call.head_dim, call.value_dim
-        ):
+            is_rounded = kernel == GRAPH and call.dtype in HALF
+            return self._open["length, half" if is_rounded else "length"]
+        # Nobody has measured a backward pass.
+        may_be_fast = kernel == GRAPH and call.longest >= self._thresholds.fast_min_seq
+        if may_be_fast and _is_fast(call.dtype, call.head_dim, call.value_dim):
             return self._open["speed"]
         if call.scores * call.dtype.itemsize >= self._min_score_bytes:
             return self._open["memory"]

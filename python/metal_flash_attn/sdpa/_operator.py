@@ -88,7 +88,7 @@ def _fake(
 
 
 def _refuse_gradient(*_arguments: Any) -> NoReturn:
-    """Results must not come detached; the patch leaves calls with gradients to stock torch."""
+    """Results must not come detached; calls with gradients take `attention`, not this operator."""
     raise NotImplementedError(
         "query, key, value: a tensor that requires grad is not supported by "
         "torch.ops.mtlflashattn.sdpa; call torch.nn.functional.scaled_dot_product_attention"

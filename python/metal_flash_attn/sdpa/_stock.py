@@ -33,6 +33,8 @@ class Call(NamedTuple):
     """Whether q is."""
     same_batch: bool
     """Whether q, k and v have the same leading dimensions, at most one."""
+    gradient: bool
+    """Whether gradients of q, k or v will be asked for."""
 
     @property
     def longest(self) -> int:
@@ -94,6 +96,10 @@ scores. What torch 2.14 adds on macOS 26.2 (pull request 182256) serves calls of
 
 GRAPH: Final = "graph"
 
+MATH: Final = "math"
+"""Operations of torch, one after the other, which serve every call that needs gradients: all
+weights are kept for the backward pass (pull request 134719)."""
+
 
 class Defect(NamedTuple):
     """Calls that some versions of stock torch are known to get wrong on MPS, or to die of."""
@@ -102,7 +108,7 @@ class Defect(NamedTuple):
     until: Version | None
     """None where no release is known to be right."""
     kernel: str
-    """Of `KERNELS`, or the graph."""
+    """Of `KERNELS`, or the graph, or math."""
     matches: Callable[[Call], bool]
     what: str
     source: str
@@ -145,6 +151,14 @@ DEFECTS: Final = (
         since=(2, 13),
         until=None,
         kernel=GRAPH,
+        matches=lambda call: call.scores > 2**32,
+        what="matrix products with more than 2**32 elements are wrong",
+        source=_ISSUE + "197636",
+    ),
+    Defect(
+        since=(2, 13),
+        until=None,
+        kernel=MATH,
         matches=lambda call: call.scores > 2**32,
         what="matrix products with more than 2**32 elements are wrong",
         source=_ISSUE + "197636",
@@ -233,7 +247,9 @@ class Stock:
         )
 
     def kernel(self, call: Call) -> str:
-        """Name of the kernel that serves `call`: one of `KERNELS`, or the graph."""
+        """Name of the kernel that serves `call`: one of `KERNELS`, the graph, or math."""
+        if call.gradient:
+            return MATH
         if call.head_dim != call.value_dim:
             return GRAPH
         for kernel in self.kernels:
