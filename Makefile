@@ -10,7 +10,7 @@ RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates -type f)
 PYTHON_FOLDERS := python tests bench demo scripts mtlflashattn.data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clang build demo test test-rust test-python test-neon mutants counters gpu-proof lint check-macos check-macos-wheel format docs links bench clean
+.PHONY: help setup clang build demo train test test-rust test-python test-neon mutants counters gpu-proof lint check-macos check-macos-wheel format docs links bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,9 @@ build: .venv/built ## Build the extension module into .venv
 
 demo: build ## Run a real sentence encoder and a 32,768-token attention
 	$(VENV_PYTHON) demo/run.py
+
+train: build ## Train a small transformer with stock attention and with ours, and draw both loss curves
+	$(VENV_PYTHON) demo/train_characters.py
 
 test: test-rust test-python ## Run all Rust and Python tests
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from training import ATTENTIONS, MOST_NOISE, SETTINGS, Curve, Plan, Setting, compare, noise_ratio
+
+COLOURS = dict(zip(SETTINGS, ("#0072b2", "#009e73", "#d55e00", "#cc79a7"), strict=True))
+"""Those of Okabe and Ito ("Color universal design", 2008), which all people can tell apart."""
 
 
 def show(results: dict[Setting, dict[str, Curve]]) -> None:
@@ -47,36 +52,44 @@ def show(results: dict[Setting, dict[str, Curve]]) -> None:
 
 
 def draw(results: dict[Setting, dict[str, Curve]], path: Path) -> None:
-    """Both pictures in one, as SVG and PNG: the curves, and how far they are apart."""
-    colours = (
-        "#0072b2",
-        "#009e73",
-        "#d55e00",
-        "#cc79a7",
-    )  # Okabe and Ito, "Color universal design"
-    style: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
-                  "svg.fonttype": "none", "svg.hashsalt": "mtlflashattn"}  # fmt: skip
+    """Curves and how far they are apart, in one picture, as SVG and PNG."""
+    style: Any = {
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "mtlflashattn",
+    }
     with rc_context(style):
-        figure = Figure(figsize=(10.5, 4.2), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        for colour, (setting, curves) in zip(colours, results.items(), strict=True):
-            left.plot(curves["stock"].losses, color=colour, linewidth=4, alpha=0.3)
-            left.plot(curves["ours"].losses, color=colour, linewidth=1, label=str(setting))
-            # 0 has no place on a logarithmic axis.
+        figure = Figure(figsize=(12, 3.8), layout="constrained")
+        dense, ragged, apart = figure.subplots(1, 3)
+        for setting, curves in results.items():
+            axes, colour = ragged if setting.is_ragged else dense, COLOURS[setting]
+            dtype = str(setting).partition(",")[0]
+            losses = {name: curve.losses for name, curve in curves.items()}
+            axes.plot(
+                losses["stock"], color=colour, linewidth=5, alpha=0.3, label=f"{dtype}, stock"
+            )
+            # Curves lie on one another: the later one lets the earlier one show.
+            dashes = "-" if dtype == "float32" else (0, (3, 3))
+            axes.plot(losses["ours"], color=colour, linestyle=dashes, label=f"{dtype}, ours")
             for name, line in (("ours", "-"), ("stock, math", ":")):
-                distances = [max(d, 1e-8) for d in curves[name].distances(curves["stock"])]
-                right.semilogy(distances, line, color=colour, linewidth=1)
-        left.set(
-            title="Loss: ours (thin) over stock (wide)", xlabel="step", ylabel="cross entropy, nats"
-        )
-        left.legend(frameon=False)
-        right.plot([], [], "-", color="#666666", label="ours from stock")
-        right.plot([], [], ":", color="#666666", label="stock's two implementations")
-        right.set(title="Distance between losses", xlabel="step")
-        right.legend(frameon=False)
+                so_far = accumulate(curves[name].distances(curves["stock"]), max)
+                # 0 has no place on a logarithmic axis.
+                visible = [distance if distance > 0 else float("nan") for distance in so_far]
+                apart.semilogy(
+                    visible, line, color=colour, label=str(setting) if line == "-" else None
+                )
+        dense.set(title="Loss, sequences of equal length", ylabel="cross entropy, nats")
+        ragged.set(title="Loss, ragged sequences, packed")
+        apart.set(title="Largest distance from stock so far")
+        apart.plot([], [], ":", color="#666666", label="stock's two implementations")
+        for axes in (dense, ragged, apart):
+            axes.set(xlabel="step")
+            axes.legend(frameon=False, fontsize=8)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-        figure.savefig(path.with_suffix(".png"), dpi=150)
+        figure.savefig(path.with_suffix(".png"), dpi=120)
 
 
 def main() -> int:
@@ -84,7 +97,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=100, help="steps of each model (default 100)")
+    parser.add_argument("--steps", type=int, default=200, help="steps of each model (default 200)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default 0)")
     parser.add_argument(
         "--picture", type=Path, default=Path("target/train/curves"), help="without ending"
@@ -96,7 +109,7 @@ def main() -> int:
         for setting in SETTINGS:
             task = progress.add_task(f"{setting!s:24}", total=plan.steps)
             results[setting] = compare(
-                setting, plan, text, after_step=lambda t=task: progress.advance(t)
+                setting, plan, text, after_step=partial(progress.advance, task)
             )
     show(results)
     draw(results, arguments.picture)

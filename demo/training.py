@@ -21,18 +21,14 @@ draw each from the same distribution, whose scale one draw tells to within a sma
 
 def stock(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
     """Stock attention, one call for equal sequences, one for each of ragged ones."""
-
-    def attend(*tensors: Tensor) -> Tensor:
-        out: Tensor = functional.scaled_dot_product_attention(
-            *(tensor.transpose(-3, -2) for tensor in tensors), is_causal=True
-        )
-        return out.transpose(-3, -2)
-
+    attend = functional.scaled_dot_product_attention
     if sequences.are_equal:
-        shape = (-1, sequences.lengths[0])
-        return attend(*(tensor.unflatten(0, shape) for tensor in (q, k, v))).flatten(0, 1)
-    parts = zip(*(tensor.split(sequences.lengths) for tensor in (q, k, v)), strict=True)
-    return torch.cat([attend(*(tensor[None] for tensor in part))[0] for part in parts])
+        q, k, v = (t.unflatten(0, (-1, sequences.lengths[0])).transpose(1, 2) for t in (q, k, v))
+        return attend(q, k, v, is_causal=True).transpose(1, 2).flatten(0, 1)
+    q, k, v = (t.transpose(0, 1) for t in (q, k, v))
+    parts = zip(*(t.split(sequences.lengths, 1) for t in (q, k, v)), strict=True)
+    out = torch.cat([attend(q, k, v, is_causal=True) for q, k, v in parts], 1)
+    return out.transpose(0, 1)
 
 
 def stock_math(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
@@ -43,13 +39,13 @@ def stock_math(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
 
 def ours(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
     """One call for all sequences."""
+    out: Tensor
     if sequences.are_equal:
-        shape = (-1, sequences.lengths[0])
-        dense = (tensor.unflatten(0, shape) for tensor in (q, k, v))
-        return flash_attn_func(*dense, causal=True).flatten(0, 1)
-    longest = max(sequences.lengths)
-    places = (sequences.offsets, sequences.offsets, longest, longest)
-    out: Tensor = flash_attn_varlen_func(q, k, v, *places, causal=True)
+        q, k, v = (t.unflatten(0, (-1, sequences.lengths[0])) for t in (q, k, v))
+        out = flash_attn_func(q, k, v, causal=True)
+        return out.flatten(0, 1)
+    longest, offsets = max(sequences.lengths), sequences.offsets
+    out = flash_attn_varlen_func(q, k, v, offsets, offsets, longest, longest, causal=True)
     return out
 
 
