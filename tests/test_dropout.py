@@ -26,7 +26,7 @@ from reference import Rules, gradients
 from reference import attention as exact_attention
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from ways import Way
+from ways import Way, ways
 
 P = 0.3
 STEPS = round(P * 65536)
@@ -82,7 +82,7 @@ def seen_weights(way: Way, length: int, **options: Any) -> Tensor:
     return weights
 
 
-@pytest.mark.parametrize("way", [Way("cpu", "cpu"), Way("cpu", "torch")], ids=str)
+@ways
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (7, 2)}])
 def test_every_way_drops_the_same(way: Way, options: dict[str, Any]) -> None:
     length = 44

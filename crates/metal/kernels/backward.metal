@@ -3,6 +3,7 @@
 // For a query i and a key j that it sees, with the LSE and O of the forward pass and delta = rowsum(dO * O) - dLSE:
 //   P = exp2(S - LSE)        dP = dO V^T        dS = P (dP - delta), times the derivative of the softcap
 //   dQ = scale dS K          dK = scale dS^T Q          dV = P^T dO
+// DROPOUT multiplies P in dV, and dP, by 0 or `kept`; the kernels sum P of the kept and multiply dV at the end.
 // Each kernel sums gradients of rows that its simdgroups own, so that no sum is shared: queries for dQ, keys for dK and dV.
 // A simdgroup owns ROWS = 8 * ROW_FRAGMENTS rows and walks over blocks of BLOCK rows of the other kind that see them, or
 // that they see. Every product is one of two: rows times rows of a block, along the dimensions (S and dP, or their
@@ -111,6 +112,23 @@ float2 weigh(float product, float lse, int query, int key, Head head, Place plac
     return float2(weight, weight * fma(-saturated, saturated, 1.0f));
 #else
     return float2(weight, weight);
+#endif
+}
+
+#if DROPOUT
+// A weight is not negative until dropout makes it so. -0 is a weight too.
+float mark_dropped(float weight) {
+    return as_type<float>(as_type<uint>(weight) | 0x80000000u);
+}
+#endif
+
+// dS of a weight and its product dP; a weight that dropout has marked is dropped.
+float score_gradient(float weight, float product, float delta, constant Factors& factors) {
+#if DROPOUT
+    const bool dropped = (as_type<uint>(weight) & 0x80000000u) != 0u;
+    return abs(weight) * ((dropped ? 0.0f : product * factors.kept) - delta);
+#else
+    return weight * (product - delta);
 #endif
 }
 

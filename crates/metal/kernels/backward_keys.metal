@@ -85,8 +85,17 @@ void add_queries(Block block, int chunk, Lane lane, Head head, Place place, cons
                 const float2 weight = weigh(score, states[f][e][0], query, own.position[r], head, place, sizes, factors);
                 const bool is_visible = !EDGE || (8 * f + e >= start && 8 * f + e < end);
                 scores[r][f].thread_elements()[e] = is_visible ? weight[1] : 0.0f;
+#if DROPOUT
+                const uint4 words = random_words(query, own.position[r] / 8, place, sizes);
+                const bool kept = is_kept(words, own.position[r], sizes);
+                if (!kept) {
+                    scores[r][f].thread_elements()[e] = mark_dropped(scores[r][f].thread_elements()[e]);
+                }
+#else
+                const bool kept = true;
+#endif
 #if VALUE_GRADIENT
-                weights[r][f].thread_elements()[e] = scalar(is_visible ? weight[0] : 0.0f);
+                weights[r][f].thread_elements()[e] = scalar(is_visible && kept ? weight[0] : 0.0f);
 #endif
             }
         }
@@ -107,8 +116,9 @@ void add_queries(Block block, int chunk, Lane lane, Head head, Place place, cons
         for (int f = 0; f < BLOCK_FRAGMENTS; ++f) {
 #pragma clang loop unroll(full)
             for (int e = 0; e < 2; ++e) {
-                const float excess = products[r][f].thread_elements()[e] - states[f][e][1];
-                differences[r][f].thread_elements()[e] = scalar(scores[r][f].thread_elements()[e] * excess);
+                const float weight = scores[r][f].thread_elements()[e];
+                const float product = products[r][f].thread_elements()[e];
+                differences[r][f].thread_elements()[e] = scalar(score_gradient(weight, product, states[f][e][1], factors));
             }
         }
     }
@@ -285,7 +295,8 @@ kernel void attention_backward_keys(
                 d_value + row_offset(backward_sizes.d_value, place.batch, place.key_head, place.key_start)
                 + key * backward_sizes.d_value.row + chunk * VALUE_CHUNK;
             store_row<VALUE_CHUNK_FRAGMENTS, VALUE_CHUNKS_WHOLE>(
-                value_row, min(VALUE_CHUNK, VALUE_DIM - chunk * VALUE_CHUNK), 1.0f, lane, sums.values[r]);
+                value_row, min(VALUE_CHUNK, VALUE_DIM - chunk * VALUE_CHUNK), DROPOUT ? factors.kept : 1.0f, lane,
+                sums.values[r]);
 #endif
         }
     }

@@ -27,6 +27,10 @@ void add_keys(Block block, int chunk, int columns, Lane lane, thread const int (
         const int end = visible.end - block.first - lane.column;
 #pragma clang loop unroll(full)
         for (int f = 0; f < BLOCK_FRAGMENTS; ++f) {
+#if DROPOUT
+            // Blocks start at multiples of 8 keys, so that a fragment is a group.
+            const uint4 words = random_words(queries[r], block.first / 8 + f, place, sizes);
+#endif
 #pragma clang loop unroll(full)
             for (int e = 0; e < 2; ++e) {
                 const int row = 8 * f + lane.column + e;
@@ -35,6 +39,11 @@ void add_keys(Block block, int chunk, int columns, Lane lane, thread const int (
                 const float weight = weigh(score, states[r][0], queries[r], key, head, place, sizes, factors)[1];
                 const bool is_visible = !EDGE || (8 * f + e >= start && 8 * f + e < end);
                 scores[r][f].thread_elements()[e] = is_visible ? weight : 0.0f;
+#if DROPOUT
+                if (!is_kept(words, lane.column + e, sizes)) {
+                    scores[r][f].thread_elements()[e] = mark_dropped(scores[r][f].thread_elements()[e]);
+                }
+#endif
             }
         }
     }
@@ -47,8 +56,9 @@ void add_keys(Block block, int chunk, int columns, Lane lane, thread const int (
         for (int f = 0; f < BLOCK_FRAGMENTS; ++f) {
 #pragma clang loop unroll(full)
             for (int e = 0; e < 2; ++e) {
-                const float excess = products[r][f].thread_elements()[e] - states[r][1];
-                weights[r][f].thread_elements()[e] = scalar(scores[r][f].thread_elements()[e] * excess);
+                const float weight = scores[r][f].thread_elements()[e];
+                const float product = products[r][f].thread_elements()[e];
+                weights[r][f].thread_elements()[e] = scalar(score_gradient(weight, product, states[r][1], factors));
             }
         }
     }

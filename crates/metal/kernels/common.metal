@@ -48,6 +48,10 @@ struct Sizes {
     long bias_query;
     long bias_key;
     long sinks_head;
+    long query_heads;
+    long dropout_threshold;  // the 16 bits of a dropped key are below it
+    long dropout_seed;
+    long dropout_offset;
 };
 
 // The float32 list of a launch.
@@ -55,6 +59,7 @@ struct Factors {
     float query;    // 1 or -1, the sign of the softmax scale
     float score;    // |scale| * log2(e), or |scale| / softcap
     float softcap;  // softcap * log2(e)
+    float kept;     // what dropout multiplies kept weights by
 };
 
 #if BIAS_BOOLEAN
@@ -189,5 +194,31 @@ float modified_score(float product, int key, RowModifiers row, constant Sizes& s
     score = is_negative_infinity(bias) ? HIDDEN : fma(bias, LOG2_E, score);
 #endif
     return score;
+}
+#endif
+
+#if DROPOUT
+// Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) for the keys 8 * group to
+// 8 * group + 7 of a query, by the rule of crates/core/src/dropout.rs: a word has the bits of two keys.
+uint4 random_words(int query, int group, Place place, constant Sizes& sizes) {
+    const uint head = uint(place.batch * sizes.query_heads + place.head);
+    uint4 words = uint4(uint(group), uint(query), head, uint(sizes.dropout_offset));
+    uint low = uint(sizes.dropout_seed);
+    uint high = uint(ulong(sizes.dropout_seed) >> 32) ^ uint(ulong(sizes.dropout_offset) >> 32);
+#pragma clang loop unroll(full)
+    for (int round = 0; round < 10; ++round) {
+        words = uint4(mulhi(words.z, 0xcd9e8d57u) ^ words.y ^ low, words.z * 0xcd9e8d57u,
+                      mulhi(words.x, 0xd2511f53u) ^ words.w ^ high, words.x * 0xd2511f53u);
+        low += 0x9e3779b9u;
+        high += 0xbb67ae85u;
+    }
+    return words;
+}
+
+// Whether a key is kept; `words` are those of its group.
+bool is_kept(uint4 words, int key, constant Sizes& sizes) {
+    const uint pair = (key & 4) != 0 ? ((key & 2) != 0 ? words.w : words.z) : ((key & 2) != 0 ? words.y : words.x);
+    const uint bits = (key & 1) != 0 ? pair >> 16 : pair & 0xffffu;
+    return bits >= uint(sizes.dropout_threshold);
 }
 #endif

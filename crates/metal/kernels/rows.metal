@@ -243,13 +243,21 @@ void add_block(Block block, int columns, Lane lane, Place place, constant Sizes&
     for (int r = 0; r < ROW_FRAGMENTS; ++r) {
 #pragma clang loop unroll(full)
         for (int f = 0; f < KEY_FRAGMENTS; ++f) {
+#if DROPOUT
+            // Blocks start at multiples of 8 keys, so that a fragment is a group.
+            const uint4 words = random_words(rows.query[r], block.first / 8 + f, place, sizes);
+#endif
 #pragma clang loop unroll(full)
             for (int e = 0; e < 2; ++e) {
                 const float score = scores[r][f].thread_elements()[e];
                 const float weight = fast::exp2(scaled ? score - rows.maximum[r]
                                                        : fma(score, factors.score, -rows.maximum[r]));
                 rows.sum[r] += weight;
+#if DROPOUT
+                weights[r][f].thread_elements()[e] = scalar(is_kept(words, lane.column + e, sizes) ? weight : 0.0f);
+#else
                 weights[r][f].thread_elements()[e] = scalar(weight);
+#endif
             }
         }
     }

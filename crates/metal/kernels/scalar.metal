@@ -70,6 +70,9 @@ kernel void attention_scalar(
         accumulated[column] = 0.0f;
     }
 
+#if DROPOUT
+    uint4 words = uint4(0u);
+#endif
     const KeyRange visible = visible_keys(query, place, sizes);
     for (int key = visible.start; key < visible.end; ++key) {
         device const scalar* key_values = keys + key * sizes.k.row;
@@ -93,6 +96,14 @@ kernel void attention_scalar(
         }
         const float weight = fast::exp2(score - maximum);
         sum += weight;
+#if DROPOUT
+        if (key == visible.start || key % 8 == 0) {
+            words = random_words(query, key / 8, place, sizes);
+        }
+        if (!is_kept(words, key, sizes)) {
+            continue;
+        }
+#endif
 #if BIAS
         // A key that the bias hides has no part in the result, whatever its value holds.
         if (score == HIDDEN) {
@@ -105,7 +116,10 @@ kernel void attention_scalar(
         }
     }
 
-    const float normalizer = sum == 0.0f ? 0.0f : 1.0f / sum;
+    float normalizer = sum == 0.0f ? 0.0f : 1.0f / sum;
+#if DROPOUT
+    normalizer *= factors.kept;
+#endif
     device scalar* result = out + row_offset(sizes.out, place.batch, place.head, query_row) + first_column;
     for (int column = 0; column < columns; ++column) {
         result[column] = scalar(accumulated[column] * normalizer);

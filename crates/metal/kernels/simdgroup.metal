@@ -179,7 +179,10 @@ kernel void attention_simdgroup(
         sum += simd_shuffle_xor(sum, 8);
         const int query = first_query + 8 * r + lane.row;
         if (query < place.query_len) {
-            const float normalizer = sum == 0.0f ? 0.0f : 1.0f / sum;
+            float normalizer = sum == 0.0f ? 0.0f : 1.0f / sum;
+#if DROPOUT
+            normalizer *= factors.kept;
+#endif
             device scalar* row = results + query * sizes.out.row;
 #pragma clang loop unroll(full)
             for (int v = 0; v < VALUE_FRAGMENTS; ++v) {

@@ -275,6 +275,30 @@ void round_weights(thread Scores& weights) {
     }
 }
 
+#if DROPOUT
+// Weights of dropped keys become 0; they have been summed. Neighbouring elements of a lane often share a group.
+template <typename Scores>
+void drop(thread Scores& weights, int first, thread const Task& task) {
+    int query = -1;
+    int group = -1;
+    uint4 words = uint4(0u);
+    UNROLL
+    for (ushort i = 0; i < weights.get_capacity(); ++i) {
+        if (weights.is_valid_element(i)) {
+            const auto position = weights.get_multidimensional_index(i);
+            const int key = first + position[0];
+            const int row = task.first_query + position[1];
+            if (row != query || key / 8 != group) {
+                query = row;
+                group = key / 8;
+                words = random_words(query, group, task.place, *task.sizes);
+            }
+            weights[i] = is_kept(words, key, *task.sizes) ? weights[i] : 0.0f;
+        }
+    }
+}
+#endif
+
 // The two products in steps of some columns. FILLED: K and V are loaded element by element.
 template <int HEAD_COLUMNS, int VALUE_COLUMNS, bool FILLED>
 struct Products {
@@ -533,6 +557,9 @@ struct Attention {
             block.edge = first < task.full.start || first + KEYS > task.full.end;
             multiply_keys(block.first, task, scores, query...);
             soften(block, second, task, scores, maximum, sum, out...);
+#if DROPOUT
+            drop(scores, block.first, task);
+#endif
             multiply_values(block.first, task, scores, out...);
         }
 
@@ -544,6 +571,9 @@ struct Attention {
         for (ushort r = 0; r < sum.get_capacity(); ++r) {
             if (sum.is_valid_element(r)) {
                 normalizer[r] = sum[r] == 0.0f ? 0.0f : 1.0f / sum[r];
+#if DROPOUT
+                normalizer[r] *= task.factors->kept;
+#endif
 #if WEIGHTS_NARROW
                 normalizer[r] = right ? normalizer[r] : as_type<float>(NOT_A_NUMBER);
 #endif

@@ -137,9 +137,9 @@ impl<T> Tensors<T> {
 }
 
 /// Number of int64 sizes.
-pub(crate) const SIZE_COUNT: usize = 32;
+pub(crate) const SIZE_COUNT: usize = 36;
 /// Number of float32 factors.
-pub(crate) const FACTOR_COUNT: usize = 3;
+pub(crate) const FACTOR_COUNT: usize = 4;
 
 /// One dispatch.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -254,13 +254,17 @@ pub(crate) fn sizes(problem: &Problem, chunks: usize, outputs: &Outputs) -> [i64
     let rows = [problem.q, problem.k, problem.v, outputs.out].map(strides);
     let alibi = problem.alibi.map_or([0; 2], |alibi| [alibi.batch, alibi.head]);
     let bias = bias.map_or([0; 4], |bias| [bias.batch, bias.head, bias.query, bias.key]);
+    let dropout = problem.dropout.map_or([0; 3], |dropout| {
+        [i64::from(dropout.threshold()), dropout.seed.cast_signed(), dropout.offset.cast_signed()]
+    });
     let mut all = scalars
         .into_iter()
         .chain(rows.into_iter().flatten())
         .chain([lse.batch, lse.head])
         .chain(alibi)
         .chain(bias)
-        .chain(problem.sinks);
+        .chain([problem.sinks.unwrap_or(0), problem.query_heads as i64])
+        .chain(dropout);
     std::array::from_fn(|_| all.next().unwrap_or(0))
 }
 
@@ -268,5 +272,6 @@ pub(crate) fn factors(problem: &Problem) -> [f32; FACTOR_COUNT] {
     let magnitude = problem.scale.abs();
     let score = if problem.softcap > 0.0 { magnitude / problem.softcap } else { magnitude * LOG2_E };
     // The sign goes into q, exactly, so that the largest product of a row has the largest score.
-    [if problem.scale < 0.0 { -1.0 } else { 1.0 }, score, problem.softcap * LOG2_E]
+    let kept = problem.dropout.map_or(1.0, |dropout| dropout.factor());
+    [if problem.scale < 0.0 { -1.0 } else { 1.0 }, score, problem.softcap * LOG2_E, kept]
 }

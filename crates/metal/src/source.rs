@@ -35,6 +35,8 @@ pub struct Features {
     pub bias: Option<BiasKind>,
     /// Attention sinks.
     pub sinks: bool,
+    /// Weights are dropped.
+    pub dropout: bool,
     /// The LSE is written.
     pub lse: bool,
     /// Rows of q, k and v can be read in pieces of four elements, see [`Kernel::aligned`].
@@ -51,6 +53,7 @@ impl Features {
         alibi: false,
         bias: None,
         sinks: false,
+        dropout: false,
         lse: false,
         aligned: false,
     };
@@ -69,6 +72,7 @@ impl Features {
                 None => None,
             },
             sinks: problem.sinks.is_some(),
+            dropout: problem.dropout.is_some(),
             lse,
             aligned: false,
         }
@@ -79,7 +83,7 @@ impl Features {
     /// The names of those that are on.
     #[must_use]
     pub fn names(&self) -> Vec<&'static str> {
-        let Self { packed, window_left, window_right, softcap, alibi, bias, sinks, lse, aligned } = *self;
+        let Self { packed, window_left, window_right, softcap, alibi, bias, sinks, dropout, lse, aligned } = *self;
         let bias = bias.map(|kind| match kind {
             BiasKind::Boolean => "mask",
             BiasKind::Additive(Dtype::F32) => "float32 bias",
@@ -93,6 +97,7 @@ impl Features {
             (softcap, "softcap"),
             (alibi, "ALiBi"),
             (sinks, "sinks"),
+            (dropout, "dropout"),
             (lse, "LSE"),
             (aligned, "aligned rows"),
         ];
@@ -299,7 +304,7 @@ pub(crate) fn is_aligned(problem: &Problem, rows: &[Strides], starts: &[usize]) 
 
 /// Definitions of what a kernel's problem has.
 pub(crate) fn feature_defines(features: &Features) -> String {
-    let Features { packed, window_left, window_right, softcap, alibi, bias, sinks, lse, .. } = *features;
+    let Features { packed, window_left, window_right, softcap, alibi, bias, sinks, dropout, lse, .. } = *features;
     let bias_is = |kind| bias == Some(kind);
     let mut text = String::new();
     let mut define = |name: &str, value: usize| writeln!(text, "#define {name} {value}").expect("writes to a string");
@@ -315,6 +320,7 @@ pub(crate) fn feature_defines(features: &Features) -> String {
         ("BIAS_HALF", bias_is(BiasKind::Additive(Dtype::F16))),
         ("BIAS_BFLOAT", bias_is(BiasKind::Additive(Dtype::Bf16))),
         ("SINKS", sinks),
+        ("DROPOUT", dropout),
         ("LSE", lse),
         ("SCORE_MODIFIED", softcap || alibi || bias.is_some()),
     ] {

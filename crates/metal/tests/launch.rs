@@ -172,8 +172,8 @@ fn arguments_come_in_the_order_of_their_indices() {
     assert_eq!(launch.sizes[11..14], q_strides);
     assert_eq!(launch.sizes[17..20], v_strides);
     assert_eq!(launch.sizes[20..25], [7, 5, 3, 400, 100]);
-    assert_eq!(launch.sizes[25..], [0; 7]);
-    let factors = [-1.0, 0.5 * std::f32::consts::LOG2_E, 0.0];
+    assert_eq!(launch.sizes[25..], [0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0]);
+    let factors = [-1.0, 0.5 * std::f32::consts::LOG2_E, 0.0, 1.0];
     assert_eq!(launch.factors.map(f32::to_bits), factors.map(f32::to_bits));
 }
 

@@ -28,6 +28,7 @@ struct Key {
     softcap: bool,
     alibi: bool,
     sinks: bool,
+    dropout: bool,
 }
 
 impl Key {
@@ -45,6 +46,7 @@ impl Key {
             softcap: softcap > 0.0,
             alibi: problem.alibi.is_some(),
             sinks: problem.sinks.is_some(),
+            dropout: problem.dropout.is_some(),
         }
     }
 }

@@ -165,9 +165,6 @@ impl<'a> Planner<'a> {
         if let Some(missing) = gpu.lacks_for_kernels(problem.dtype) {
             return Err(Reason::Lacks(missing));
         }
-        if problem.dropout.is_some() {
-            return Err(Reason::NoDropout);
-        }
         if let Some(failure) = self.demotions.failure(tier) {
             return Err(Reason::Demoted(failure.to_owned()));
         }

@@ -60,17 +60,21 @@ pub struct Features {
     pub alibi: bool,
     /// An additive bias or a boolean mask.
     pub bias: bool,
+    /// Weights are dropped.
+    pub dropout: bool,
 }
 
 impl Features {
     /// Registers that stay occupied during the loop: bounds; factors; a slope and a position for each row; a 64-bit
-    /// address for each row, and a stride. An estimate from the types involved: no such kernel was compiled.
+    /// address for each row, and a stride; four random words and the key that they come from. An estimate from the types
+    /// involved: no such kernel was compiled.
     pub(super) const fn halves(self, row_fragments: usize) -> usize {
-        let Self { masked, softcap, alibi, bias } = self;
+        let Self { masked, softcap, alibi, bias, dropout } = self;
         4 * masked as usize
             + 4 * softcap as usize
             + 4 * row_fragments * alibi as usize
             + (4 * row_fragments + 4) * bias as usize
+            + 12 * dropout as usize
     }
 }
 
@@ -98,6 +102,7 @@ impl KernelShape {
             softcap: problem.softcap != 0.0,
             alibi: problem.alibi.is_some(),
             bias: problem.bias.is_some(),
+            dropout: problem.dropout.is_some(),
         };
         let Problem { dtype, head_dim, value_dim, .. } = *problem;
         Self { dtype, has_bfloat, head_dim, value_dim, features }
@@ -304,7 +309,7 @@ mod tests {
                 Occupancy::predict(&tile, &shape).halves
             };
             let none = Features::default();
-            let all = Features { masked: true, softcap: true, alibi: true, bias: true };
+            let all = Features { masked: true, softcap: true, alibi: true, bias: true, dropout: true };
             let least = halves(head_dim, value_chunk, row_fragments, keys, none);
             prop_assert!(halves(head_dim + 8, value_chunk, row_fragments, keys, none) >= least);
             prop_assert!(halves(head_dim, value_chunk + 8, row_fragments, keys, none) > least);

@@ -85,8 +85,6 @@ pub enum Reason {
     },
     /// The tier computes no gradient of an additive bias.
     NoBiasGradient,
-    /// Its kernels know no dropout.
-    NoDropout,
     /// A tier before it in the order serves the call.
     After(Tier),
     /// `MTLFLASHATTN_KERNEL` names another tier; this is its value.
@@ -145,7 +143,6 @@ impl fmt::Display for Reason {
                 write!(f, "no tile of its backward pass for head_dim {head_dim}/{value_dim} in {dtype} fits the GPU")
             }
             Self::NoBiasGradient => f.write_str("computes no gradient of a bias"),
-            Self::NoDropout => f.write_str("knows no dropout"),
             Self::After(tier) => write!(f, "{tier} comes before it and serves this call"),
             Self::NotForced(name) => write!(f, "MTLFLASHATTN_KERNEL is {name}"),
         }

@@ -134,8 +134,9 @@ impl fmt::Display for TuningKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { tier, dtype, head_dim, value_dim, features } = self;
         write!(f, "{tier} {dtype} {head_dim}/{value_dim}")?;
-        let Features { masked, softcap, alibi, bias } = *features;
-        for (name, on) in [("masked", masked), ("softcap", softcap), ("alibi", alibi), ("bias", bias)] {
+        let Features { masked, softcap, alibi, bias, dropout } = *features;
+        let names = [("masked", masked), ("softcap", softcap), ("alibi", alibi), ("bias", bias), ("dropout", dropout)];
+        for (name, on) in names {
             if on {
                 write!(f, " {name}")?;
             }

@@ -1,7 +1,7 @@
 //! Sizes, inputs and numbers of small problems.
 
 use mtlflashattn_core::reference::ReferenceInputs;
-use mtlflashattn_core::{Alignment, BiasKind, Dtype, Error, Options, Problem};
+use mtlflashattn_core::{Alignment, BiasKind, Dropout, Dtype, Error, Options, Problem};
 
 use super::{Element, Layout, Memory, each_index};
 use crate::Features;
@@ -57,7 +57,7 @@ impl Given {
     /// # Errors
     /// Those of [`Problem`], for features that no problem has together.
     pub(super) fn new(case: &Case, needs: &Needs, numbers: &mut Numbers) -> Result<Self, Error> {
-        let Features { packed, window_left, window_right, softcap, alibi, bias, sinks, .. } = needs.features;
+        let Features { packed, window_left, window_right, softcap, alibi, bias, sinks, dropout, .. } = needs.features;
         let Needs { dtype, head_dim, value_dim, .. } = *needs;
         let least_keys = if packed { 0 } else { needs.least_keys };
         let (query_lens, key_lens) =
@@ -98,7 +98,8 @@ impl Given {
             alibi_slopes: slopes.as_ref().map(|slopes| (&*slopes.shape, &*slopes.strides)),
             bias: bias.zip(stored_bias.as_ref()).map(|(kind, bias)| (kind, &*bias.shape, &*bias.strides)),
             sinks: sinks.as_ref().map(|sinks| (&*sinks.shape, &*sinks.strides)),
-            dropout: None,
+            // Seed and offset have bits in both halves.
+            dropout: if dropout { Dropout::new(0.3, 0x9876_5432_1012_3456, 0x1234_5678_9abc_def0)? } else { None },
         };
         let metas = [&q_memory, &k_memory, &v_memory].map(|memory| memory.meta(dtype));
         let problem = if packed {

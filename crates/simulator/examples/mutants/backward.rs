@@ -69,7 +69,7 @@ pub const MUTANTS: &[Mutant] = &[
     bug(
         "gradient: dV weighs by the derivative of the softcap",
         SOFTCAP,
-        "is_visible ? weight[0] : 0.0f",
+        "is_visible && kept ? weight[0] : 0.0f",
         "is_visible ? weight[1] : 0.0f",
     ),
     bug(
@@ -87,9 +87,9 @@ pub const MUTANTS: &[Mutant] = &[
     bug("gradient: slope in the wrong units", ALL, "sizes.alibi_head] * LOG2_E;", "sizes.alibi_head];"),
     bug("gradient: bias of the first query", BIASED, "head.bias + query * sizes.bias_query", "head.bias"),
     bug("gradient: bias of the first head", WINDOW, " + place.head * sizes.bias_head", ""),
-    bug("gradient: delta is not subtracted from dP (queries)", PLAIN, "- states[r][1];", ";"),
-    bug("gradient: delta is not subtracted from dP (keys)", PLAIN, "- states[f][e][1];", ";"),
-    bug("gradient: delta of the next query", PLAIN, "- states[f][e][1];", "- states[f][1 - e][1];"),
+    bug("gradient: delta is not subtracted from dP (queries)", PLAIN, "product, states[r][1],", "product, 0.0f,"),
+    bug("gradient: delta is not subtracted from dP (keys)", PLAIN, "product, states[f][e][1],", "product, 0.0f,"),
+    bug("gradient: delta of the next query", PLAIN, "product, states[f][e][1],", "product, states[f][1 - e][1],"),
     bug(
         "gradient: lse of a clamped query is not clamped",
         CAUSAL,
@@ -103,7 +103,7 @@ pub const MUTANTS: &[Mutant] = &[
         "place.batch * sizes.lse_batch + place.query_start);",
     ),
     bug("gradient: gradients are not scaled", PLAIN, "backward_factors.scale, lane", "1.0f, lane"),
-    bug("gradient: dV is scaled", PLAIN, "1.0f, lane, sums.values[r]", "backward_factors.scale, lane, sums.values[r]"),
+    bug("gradient: dV is scaled", PLAIN, "DROPOUT ? factors.kept : 1.0f", "backward_factors.scale"),
     // Masks.
     bug(
         "gradient: keys see one query too early",

@@ -7,6 +7,7 @@
 mod backward;
 #[path = "../../tests/common/mod.rs"]
 mod common;
+mod dropout;
 mod list;
 mod tensorops;
 
@@ -144,7 +145,8 @@ fn scattered() -> Options {
 
 /// Every mutant.
 fn mutants() -> Vec<&'static Mutant> {
-    list::MUTANTS.iter().chain(tensorops::MUTANTS).chain(backward::MUTANTS).collect()
+    let lists = [list::MUTANTS, tensorops::MUTANTS, backward::MUTANTS, dropout::MUTANTS];
+    lists.into_iter().flatten().collect()
 }
 
 fn changed(mutant: &Mutant, kernel: &Kernel) -> String {

@@ -297,7 +297,7 @@ pub fn variants() -> Vec<BackwardVariant> {
         ),
         (
             "backward bf16 128 packed window",
-            Case { window: (RANDOM, RANDOM), packed: true, ..dims(Bf16, 128, 128) },
+            Case { window: (RANDOM, RANDOM), packed: true, dropout: 0.3, ..dims(Bf16, 128, 128) },
             fused(tile(1, 16, 128), parked(tile(1, 8, 128))),
             true,
             true,
@@ -311,7 +311,13 @@ pub fn variants() -> Vec<BackwardVariant> {
         ),
         (
             "backward f16 72 boolean mask",
-            Case { bias: Some(BiasKind::Boolean), window: (RANDOM, -1), sinks: true, ..dims(F16, 72, 72) },
+            Case {
+                bias: Some(BiasKind::Boolean),
+                window: (RANDOM, -1),
+                sinks: true,
+                dropout: 0.3,
+                ..dims(F16, 72, 72)
+            },
             fused(from_device(tile(1, 16, 72)), tile(1, 16, 72)),
             false,
             true,
@@ -325,7 +331,7 @@ pub fn variants() -> Vec<BackwardVariant> {
         ),
         (
             "backward f32 61 parked in chunks",
-            Case { window: (-1, 0), ..dims(F32, 61, 61) },
+            Case { window: (-1, 0), dropout: 0.6, ..dims(F32, 61, 61) },
             apart(parked(tile(1, 8, 32)), parked(tile(1, 8, 24)), tile(1, 16, 40)),
             false,
             false,
@@ -360,7 +366,7 @@ pub fn variants() -> Vec<BackwardVariant> {
         ),
         (
             "backward f32 44/28 staged in chunks",
-            Case { window: (RANDOM, RANDOM), packed: true, ..dims(F32, 44, 28) },
+            Case { window: (RANDOM, RANDOM), packed: true, dropout: 0.3, ..dims(F32, 44, 28) },
             apart(staged(tile(1, 16, 32)), staged(from_device(tile(1, 16, 40))), staged(tile(2, 16, 24))),
             true,
             true,

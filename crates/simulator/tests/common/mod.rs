@@ -13,7 +13,7 @@ pub mod variants;
 use half::{bf16, f16};
 use mtlflashattn_core::reference::bounds::{Bounds, error_bounds_of};
 use mtlflashattn_core::reference::{Forward, ReferenceInputs, forward as reference};
-use mtlflashattn_core::{Alignment, BiasKind, Dtype, Options, Problem, Strides, TensorMeta};
+use mtlflashattn_core::{Alignment, BiasKind, Dropout, Dtype, Options, Problem, Strides, TensorMeta};
 use mtlflashattn_metal::{Kernel, LseStrides, Outputs, Tensors};
 
 /// A small generator, so that a seed is all a failing case needs (`SplitMix64`).
@@ -81,6 +81,8 @@ pub struct Case {
     /// Which of batch, head, query and key the bias is broadcast over.
     pub broadcast: [bool; 4],
     pub sinks: bool,
+    /// Probability of dropout.
+    pub dropout: f64,
     pub lse: bool,
     pub order: Order,
     /// Elements beside those of a tensor in a row of `Sliced`, times 3.
@@ -112,6 +114,7 @@ impl Default for Case {
             bias: None,
             broadcast: [false; 4],
             sinks: false,
+            dropout: 0.0,
             lse: true,
             order: Order::RowMajor,
             beside: 5,
@@ -255,7 +258,7 @@ impl Run {
             alibi_slopes: (case.alibi > 0).then_some((slope_shape, slope_strides)),
             bias: case.bias.map(|kind| (kind, bias_shape.as_slice(), bias_strides.as_slice())),
             sinks: case.sinks.then_some((&sink_shape, &[1])),
-            dropout: None,
+            dropout: Dropout::new(case.dropout, case.seed, !case.seed).expect("a probability"),
         };
         let (qm, km, vm) = (q.meta(case.dtype), k.meta(case.dtype), v.meta(case.dtype));
         let max =

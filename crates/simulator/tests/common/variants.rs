@@ -112,10 +112,15 @@ pub fn simdgroup() -> Vec<Variant> {
     let additive = |dtype| Some(BiasKind::Additive(dtype));
     let list = [
         ("f16 64 direct", dims(F16, 64, 64), tile(4, 2, 32, 64), true),
-        ("f16 64 staged causal", Case { window: (-1, 0), ..dims(F16, 64, 64) }, staged(tile(4, 2, 32, 64)), true),
+        (
+            "f16 64 staged causal",
+            Case { window: (-1, 0), dropout: 0.3, ..dims(F16, 64, 64) },
+            staged(tile(4, 2, 32, 64)),
+            true,
+        ),
         (
             "bf16 128 packed window",
-            Case { window: (RANDOM, RANDOM), packed: true, ..dims(Bf16, 128, 128) },
+            Case { window: (RANDOM, RANDOM), packed: true, dropout: 0.3, ..dims(Bf16, 128, 128) },
             tile(4, 1, 16, 128),
             true,
         ),
@@ -134,7 +139,7 @@ pub fn simdgroup() -> Vec<Variant> {
         ),
         (
             "bf16 20/12 float bias",
-            Case { bias: additive(F32), sinks: true, ..dims(Bf16, 20, 12) },
+            Case { bias: additive(F32), sinks: true, dropout: 0.6, ..dims(Bf16, 20, 12) },
             tile(1, 2, 16, 16),
             true,
         ),
@@ -174,7 +179,7 @@ pub fn simdgroup() -> Vec<Variant> {
         ("f16 8/136 wide block", Case { sinks: true, ..dims(F16, 8, 136) }, tile(4, 1, 64, 72), true),
         (
             "f16 12/20 staged aligned",
-            Case { window: (RANDOM, RANDOM), packed: true, sinks: true, ..dims(F16, 12, 20) },
+            Case { window: (RANDOM, RANDOM), packed: true, sinks: true, dropout: 0.1, ..dims(F16, 12, 20) },
             staged(tile(2, 2, 16, 24)),
             true,
         ),
@@ -248,19 +253,19 @@ pub fn tensorops() -> Vec<Variant> {
         ("tensor f16 64", dims(F16, 64, 64), parked(tile(4, 2, 32, 64)), large(64, 64)),
         (
             "tensor f16 128 causal in step",
-            Case { window: (-1, 0), ..dims(F16, 128, 128) },
+            Case { window: (-1, 0), dropout: 0.3, ..dims(F16, 128, 128) },
             parked(tile(4, 2, 32, 128)),
             in_step(large(128, 128)),
         ),
         (
             "tensor bf16 96 packed window in steps",
-            Case { window: (RANDOM, RANDOM), packed: true, ..dims(Bf16, 96, 96) },
+            Case { window: (RANDOM, RANDOM), packed: true, dropout: 0.3, ..dims(Bf16, 96, 96) },
             parked(tile(2, 2, 32, 96)),
             large(48, 32),
         ),
         (
             "tensor f16 64 packed causal",
-            Case { window: (-1, 0), packed: true, ..dims(F16, 64, 64) },
+            Case { window: (-1, 0), packed: true, dropout: 0.6, ..dims(F16, 64, 64) },
             tile(4, 2, 32, 64),
             in_step(narrow_weights(large(16, 64))),
         ),
@@ -279,7 +284,13 @@ pub fn tensorops() -> Vec<Variant> {
         ),
         (
             "tensor f16 72 boolean mask loaded",
-            Case { bias: Some(BiasKind::Boolean), window: (RANDOM, -1), sinks: true, ..dims(F16, 72, 72) },
+            Case {
+                bias: Some(BiasKind::Boolean),
+                window: (RANDOM, -1),
+                sinks: true,
+                dropout: 0.3,
+                ..dims(F16, 72, 72)
+            },
             tile(4, 2, 32, 96),
             in_step(loaded(16, 32)),
         ),
@@ -321,7 +332,7 @@ pub fn tensorops() -> Vec<Variant> {
         ),
         (
             "staged f16 64 causal, aligned",
-            Case { window: (-1, 0), ..dims(F16, 64, 64) },
+            Case { window: (-1, 0), dropout: 0.3, ..dims(F16, 64, 64) },
             staged(tile(4, 2, 32, 64)),
             large(64, 64),
         ),
@@ -339,7 +350,7 @@ pub fn tensorops() -> Vec<Variant> {
         ),
         (
             "staged f32 weights parked packed",
-            Case { window: (-1, 0), packed: true, ..dims(F32, 40, 40) },
+            Case { window: (-1, 0), packed: true, dropout: 0.3, ..dims(F32, 40, 40) },
             staged(tile(2, 2, 32, 48)),
             exact(parked_weights(large(48, 48))),
         ),
@@ -368,9 +379,15 @@ pub fn scalar() -> Vec<Variant> {
             "f16 everything packed",
             Case { packed: true, window: (RANDOM, RANDOM), softcap: 2.0, alibi: 2, sinks: true, ..dims(F16, 17, 100) },
         ),
-        ("bf16 boolean mask", Case { bias: Some(BiasKind::Boolean), window: (-1, 0), ..dims(Bf16, 64, 64) }),
-        ("f32 half bias", Case { bias: additive(F16), window: (RANDOM, -1), lse: false, ..dims(F32, 9, 9) }),
-        ("f16 bfloat bias", Case { bias: additive(Bf16), sinks: true, alibi: 1, ..dims(F16, 32, 200) }),
+        (
+            "bf16 boolean mask",
+            Case { bias: Some(BiasKind::Boolean), window: (-1, 0), dropout: 0.3, ..dims(Bf16, 64, 64) },
+        ),
+        (
+            "f32 half bias",
+            Case { bias: additive(F16), window: (RANDOM, -1), dropout: 0.3, lse: false, ..dims(F32, 9, 9) },
+        ),
+        ("f16 bfloat bias", Case { bias: additive(Bf16), sinks: true, dropout: 0.3, alibi: 1, ..dims(F16, 32, 200) }),
         ("bf16 float bias", Case { bias: additive(F32), softcap: 5.0, ..dims(Bf16, 300, 8) }),
     ];
     list.into_iter().map(|(name, case)| Variant { name, case, tile: None, aligned: false, matmul: None }).collect()
