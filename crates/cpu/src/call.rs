@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 
-use mtlflashattn_core::{CpuTile, Lengths, Problem, Strides};
+use mtlflashattn_core::{CacheRow, CpuTile, Lengths, Problem, Strides};
 
+use crate::rows::Rows;
 use crate::{Inputs, Outputs};
 
 /// One sequence of a batch.
@@ -14,7 +15,7 @@ pub(crate) struct Sequence {
     /// Row of q where it starts (0 for dense problems, where the batch stride does that).
     pub(crate) query_start: usize,
     pub(crate) query_len: usize,
-    /// Row of k and v where it starts.
+    /// Row of k and v where it starts (0 for dense problems and for keys in a cache).
     pub(crate) key_start: usize,
     pub(crate) key_len: usize,
 }
@@ -80,22 +81,17 @@ impl<'a> Call<'a> {
 
     /// Sequence number `index`.
     pub(crate) fn sequence(&self, index: usize) -> Sequence {
-        match self.problem.lengths {
-            Lengths::Dense { query_len, key_len, .. } => {
-                Sequence { index, query_start: 0, query_len, key_start: 0, key_len }
-            }
-            Lengths::Packed { .. } => {
-                let queries = &self.inputs.query_offsets[index..index + 2];
-                let keys = &self.inputs.key_offsets[index..index + 2];
-                Sequence {
-                    index,
-                    query_start: queries[0] as usize,
-                    query_len: (queries[1] - queries[0]) as usize,
-                    key_start: keys[0] as usize,
-                    key_len: (keys[1] - keys[0]) as usize,
-                }
-            }
-        }
+        let between = |offsets: &[i32]| (offsets[index] as usize, (offsets[index + 1] - offsets[index]) as usize);
+        let (query_start, query_len) = match self.problem.lengths {
+            Lengths::Dense { query_len, .. } => (0, query_len),
+            Lengths::Packed { .. } => between(self.inputs.query_offsets),
+        };
+        let (key_start, key_len) = match (&self.problem.cache, self.problem.lengths) {
+            (Some(cache), _) => (0, cache.key_len(&self.inputs.cache, index)),
+            (None, Lengths::Dense { key_len, .. }) => (0, key_len),
+            (None, Lengths::Packed { .. }) => between(self.inputs.key_offsets),
+        };
+        Sequence { index, query_start, query_len, key_start, key_len }
     }
 
     /// Query head of row `row`.
@@ -152,6 +148,43 @@ impl<'a> Call<'a> {
     pub(crate) unsafe fn v_base<T>(&self, task: &Task) -> *const T {
         let sequence = &task.sequence;
         self.inputs.v.cast::<T>().offset(offset(&self.problem.v, sequence, sequence.key_start, task.key_head))
+    }
+
+    /// The parts of `keys` whose rows lie at equal distances.
+    pub(crate) fn runs(&self, sequence: &Sequence, keys: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        let (sequence, mut next) = (sequence.index, keys.start);
+        std::iter::from_fn(move || {
+            let run = self.problem.cache.as_ref().map(|cache| cache.run(&self.inputs.cache, sequence, next));
+            let start = next;
+            next = run.map_or(keys.end, |len| keys.end.min(start + len));
+            (start < keys.end).then_some(start..next)
+        })
+    }
+
+    /// Rows of one head of k or v from `key` on, to the end of its run; each asks for the one `ahead` keys behind it.
+    pub(crate) fn rows<T>(
+        &self,
+        (first, strides, width): (*const u8, &Strides, usize),
+        sequence: &Sequence,
+        key: usize,
+        head: usize,
+        ahead: usize,
+    ) -> Rows<T> {
+        let at = |key| first.cast::<T>().wrapping_offset(self.key_offset(strides, sequence, key, head));
+        let rows = Rows::new(at(key), strides.row as isize, width);
+        match self.problem.cache {
+            // Behind the last key of a tensor the next head or sequence begins; in a cache that may be anything.
+            Some(_) if key + ahead >= sequence.key_len => rows.with_ahead(std::ptr::null()),
+            _ => rows.with_ahead(at(key + ahead)),
+        }
+    }
+
+    fn key_offset(&self, strides: &Strides, sequence: &Sequence, key: usize, head: usize) -> isize {
+        let Some(cache) = &self.problem.cache else {
+            return offset(strides, sequence, sequence.key_start + key, head);
+        };
+        let CacheRow { block, row } = cache.row(&self.inputs.cache, sequence.index, key);
+        (block as i64 * strides.batch + row as i64 * strides.row + head as i64 * strides.head) as isize
     }
 
     /// Element 0 of row `row` of the output.

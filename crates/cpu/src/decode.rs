@@ -3,6 +3,8 @@
 //! Up to four rows share every load (and conversion) of K and V. Rows of K and V are read one after another from end to
 //! end, the order that hardware prefetchers follow.
 
+mod products;
+
 use std::ops::Range;
 
 use mtlflashattn_core::Strides;
@@ -14,9 +16,12 @@ use crate::isa::Simd;
 use crate::rows::Rows;
 use crate::workspace::Carver;
 use crate::{dropout, math, score};
+use products::{SLACK, accumulate, accumulate_one, dot};
 
-/// Bytes of K and V of one block: half of a 32 KiB first-level cache.
-const BLOCK_BYTES: usize = 16 * 1024;
+/// Keys of one block: a whole number of vectors for every instruction set, and a divisor of the panel path's block.
+const BLOCK: usize = 128;
+/// From the scores of one row to those of the next.
+const SCORES: usize = BLOCK + SLACK;
 
 /// Bytes of K or V that all heads read before the first goes on, where the rows of several heads lie side by side.
 const PART_BYTES: usize = 16 * 1024;
@@ -31,8 +36,6 @@ pub(crate) struct Scratch {
     /// Padded head dimensions.
     depth: usize,
     value_dim: usize,
-    /// Keys of one block.
-    block: usize,
     queries: usize,
     out: usize,
     /// Running maximum and sum, two values a row.
@@ -50,22 +53,17 @@ impl Scratch {
         let problem = call.problem;
         let depth = problem.head_dim.next_multiple_of(S::LANES);
         let value_dim = problem.value_dim.next_multiple_of(S::LANES);
-        let block = BLOCK_BYTES / ((depth + value_dim) * size_of::<T>());
-        // Whole vectors for every instruction set, and a divisor of the panel path's block.
-        let block = (block / 16 * 16).clamp(16, 128);
-        let block = 1 << block.ilog2();
         let mut carver = Carver::default();
         let mut scratch = Self {
             depth,
             value_dim,
-            block,
             queries: carver.take(rows * depth),
             out: carver.take(rows * value_dim),
             state: carver.take(rows * 2),
-            scores: carver.take(rows * block),
-            bias: carver.take(block),
-            keys: carver.take(if depth == problem.head_dim { 0 } else { block * depth }),
-            values: carver.take(if value_dim == problem.value_dim { 0 } else { block * value_dim }),
+            scores: carver.take(rows * SCORES),
+            bias: carver.take(BLOCK),
+            keys: carver.take(if depth == problem.head_dim { 0 } else { BLOCK * depth }),
+            values: carver.take(if value_dim == problem.value_dim { 0 } else { BLOCK * value_dim }),
             len: 0,
         };
         scratch.len = carver.len();
@@ -92,7 +90,7 @@ pub(crate) unsafe fn run<S: Simd, T: Element>(
 ) {
     let work = Work { call, task, scratch, block };
     work.start::<S, T>();
-    for keys in call.blocks(task, scratch.block) {
+    for keys in call.blocks(task, BLOCK) {
         if ticker.should_stop() {
             return;
         }
@@ -141,40 +139,38 @@ impl Work<'_, '_, Scratch> {
     }
 
     /// Parts of a block of `keys` that each head takes in turn: short ones where several heads lie side by side, so
-    /// that memory is read about in the order in which it lies.
-    fn parts<T>(&self, keys: usize, width: usize) -> impl Iterator<Item = Range<usize>> + use<T> {
+    /// that memory is read about in the order in which it lies. The rows of a part lie at equal distances.
+    fn parts<T>(&self, keys: &Range<usize>, width: usize) -> impl Iterator<Item = Range<usize>> {
         let size = match self.task.heads {
-            1 => keys,
-            heads => (PART_BYTES / (heads * width * size_of::<T>())).clamp(1, keys),
+            1 => keys.len(),
+            heads => (PART_BYTES / (heads * width * size_of::<T>())).clamp(1, keys.len()),
         };
-        (0..keys).step_by(size).map(move |start| start..(start + size).min(keys))
+        let parts = keys.clone().step_by(size).map(move |start| start..start + size);
+        let end = keys.end;
+        parts.flat_map(move |part| self.call.runs(&self.task.sequence, part.start..part.end.min(end)))
     }
 
-    /// The rows of K or V of one head from `key` on; `base` is row 0 of the task's first head.
-    fn rows_of<T>(&self, base: *const T, strides: &Strides, width: usize, head: usize, key: usize) -> Rows<T> {
-        let offset = key as i64 * strides.row + head as i64 * strides.head;
-        let rows = Rows::new(base.wrapping_offset(offset as isize), strides.row as isize, width);
-        // Hardware prefetchers follow one row after the other by themselves, unless several queries make it slow.
-        match (rows.contiguous(), self.head_rows()) {
-            (true, 1) => rows,
-            (true, _) => rows.with_ahead(AHEAD_BYTES.div_ceil(width * size_of::<T>())),
-            (false, _) => rows.with_ahead(AHEAD_ROWS),
-        }
+    /// The rows of K or V of one head from `key` on.
+    fn rows_of<T>(&self, source: (*const u8, &Strides, usize), head: usize, key: usize) -> Rows<T> {
+        let row_bytes = source.2 * size_of::<T>();
+        let ahead = if source.1.row == source.2 as i64 { AHEAD_BYTES.div_ceil(row_bytes) } else { AHEAD_ROWS };
+        self.call.rows(source, &self.task.sequence, key, self.task.key_head + head, ahead)
     }
 
     /// Scores of all rows against the block `keys`.
     #[inline(always)]
     unsafe fn scores<S: Simd, T: Element>(&self, keys: &Range<usize>) {
         let (head_dim, depth) = (self.call.problem.head_dim, self.scratch.depth);
-        let base = self.call.k_base::<T>(self.task);
-        for part in self.parts::<T>(keys.len(), head_dim) {
+        let source = (self.call.inputs.k, &self.call.problem.k, head_dim);
+        for part in self.parts::<T>(keys, head_dim) {
+            let place = part.start - keys.start..part.end - keys.start;
             for head in 0..self.task.heads {
-                let k = self.rows_of(base, &self.call.problem.k, head_dim, head, keys.start + part.start);
+                let k = self.rows_of::<T>(source, head, part.start);
                 if depth == head_dim {
-                    self.dots::<S, T>(head, k, &part);
+                    self.dots::<S, T>(head, k, &place);
                 } else {
                     let staged = self.stage::<S, T>(k, part.len(), depth, self.scratch.keys);
-                    self.dots::<S, f32>(head, staged, &part);
+                    self.dots::<S, f32>(head, staged, &place);
                 }
             }
         }
@@ -184,15 +180,16 @@ impl Work<'_, '_, Scratch> {
     #[inline(always)]
     unsafe fn values<S: Simd, T: Element>(&self, keys: &Range<usize>) {
         let (value_dim, width) = (self.call.problem.value_dim, self.scratch.value_dim);
-        let base = self.call.v_base::<T>(self.task);
-        for part in self.parts::<T>(keys.len(), value_dim) {
+        let source = (self.call.inputs.v, &self.call.problem.v, value_dim);
+        for part in self.parts::<T>(keys, value_dim) {
+            let place = part.start - keys.start..part.end - keys.start;
             for head in 0..self.task.heads {
-                let v = self.rows_of(base, &self.call.problem.v, value_dim, head, keys.start + part.start);
+                let v = self.rows_of::<T>(source, head, part.start);
                 if width == value_dim {
-                    self.sums::<S, T>(head, v, &part);
+                    self.sums::<S, T>(head, v, &place);
                 } else {
                     let staged = self.stage::<S, T>(v, part.len(), width, self.scratch.values);
-                    self.sums::<S, f32>(head, staged, &part);
+                    self.sums::<S, f32>(head, staged, &place);
                 }
             }
         }
@@ -206,20 +203,20 @@ impl Work<'_, '_, Scratch> {
             rows.prefetch_far::<S>(row);
             widen::<S, T>(rows.row(row), rows.width(), width, to.add(row * width));
         }
-        Rows::new(to, width as isize, width)
+        Rows::new(to.cast_const(), width as isize, width).with_ahead(std::ptr::null())
     }
 
     /// Scores of one head's rows against the keys `part` of the block, up to four rows at a time.
     #[inline(always)]
     unsafe fn dots<S: Simd, K: Element>(&self, head: usize, k: Rows<K>, part: &Range<usize>) {
         let (first, rows) = (head * self.head_rows(), self.head_rows());
-        let (depth, stride, keys) = (self.scratch.depth, self.scratch.block, part.len());
+        let (depth, stride, keys) = (self.scratch.depth, SCORES, part.len());
         let mut row = 0;
         while row < rows {
             let queries = self.at(self.scratch.queries + (first + row) * depth);
             let scores = self.at(self.scratch.scores + (first + row) * stride + part.start);
-            // Eight accumulators hide the latency of the multiply-add, whatever the number of rows.
             row += match rows - row {
+                4.. if S::REGISTERS >= 32 => dot::<S, K, 4, 4>(queries, depth, k, keys, scores, stride),
                 4.. => dot::<S, K, 4, 2>(queries, depth, k, keys, scores, stride),
                 2.. => dot::<S, K, 2, 4>(queries, depth, k, keys, scores, stride),
                 _ => dot::<S, K, 1, 8>(queries, depth, k, keys, scores, stride),
@@ -231,13 +228,14 @@ impl Work<'_, '_, Scratch> {
     #[inline(always)]
     unsafe fn sums<S: Simd, V: Element>(&self, head: usize, v: Rows<V>, part: &Range<usize>) {
         let (first, rows) = (head * self.head_rows(), self.head_rows());
-        let (width, stride, keys) = (self.scratch.value_dim, self.scratch.block, part.len());
+        let (width, stride, keys) = (self.scratch.value_dim, SCORES, part.len());
         let mut row = 0;
         while row < rows {
             let probabilities = self.at(self.scratch.scores + (first + row) * stride + part.start);
             let out = self.at(self.scratch.out + (first + row) * width);
             // Up to eight probabilities stay in registers while the columns pass.
             row += match rows - row {
+                4.. if S::REGISTERS >= 32 => accumulate::<S, V, 4, 4>(probabilities, stride, v, keys, out, width),
                 4.. => accumulate::<S, V, 4, 2>(probabilities, stride, v, keys, out, width),
                 2.. => accumulate::<S, V, 2, 4>(probabilities, stride, v, keys, out, width),
                 _ => accumulate_one::<S, V, 8>(probabilities, v, keys, out, width),
@@ -252,7 +250,7 @@ impl Work<'_, '_, Scratch> {
         let mut i = 0;
         for head in 0..self.task.heads {
             for row in self.task.rows.clone() {
-                let scores = self.at(self.scratch.scores + i * self.scratch.block);
+                let scores = self.at(self.scratch.scores + i * SCORES);
                 for key in keys.len()..padded {
                     scores.add(key).write(f32::NEG_INFINITY);
                 }
@@ -360,145 +358,5 @@ impl Work<'_, '_, Scratch> {
             narrow::<S, T>(out, value_dim, self.call.out_row(&task, row));
             self.call.write_lse(&task, row, max, sum);
         }
-    }
-}
-
-/// `scores[r][key] = queries[r] . k[key]` for `R` rows, with `U` accumulators for each. Returns `R`.
-#[inline(always)]
-unsafe fn dot<S: Simd, K: Element, const R: usize, const U: usize>(
-    queries: *const f32,
-    depth: usize,
-    k: Rows<K>,
-    keys: usize,
-    scores: *mut f32,
-    stride: usize,
-) -> usize {
-    for key in 0..keys {
-        let from = k.row(key);
-        k.prefetch_far::<S>(key);
-        let mut acc = [[S::splat(0.0); U]; R];
-        let mut i = 0;
-        while i + U * S::LANES <= depth {
-            for u in 0..U {
-                let x = K::load::<S>(from.add(i + u * S::LANES));
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    acc[u] = S::fma(x, S::load(queries.add(r * depth + i + u * S::LANES)), acc[u]);
-                }
-            }
-            i += U * S::LANES;
-        }
-        while i < depth {
-            let x = K::load::<S>(from.add(i));
-            for (r, acc) in acc.iter_mut().enumerate() {
-                acc[0] = S::fma(x, S::load(queries.add(r * depth + i)), acc[0]);
-            }
-            i += S::LANES;
-        }
-        for (r, acc) in acc.iter().enumerate() {
-            let mut total = acc[0];
-            for &part in &acc[1..] {
-                total = S::add(total, part);
-            }
-            scores.add(r * stride + key).write(S::sum(total));
-        }
-    }
-    R
-}
-
-/// `out[r] += sum over keys of probabilities[r][key] * v[key]` for `R` rows, `N` keys at a time. Returns `R`.
-#[inline(always)]
-unsafe fn accumulate<S: Simd, V: Element, const R: usize, const N: usize>(
-    probabilities: *const f32,
-    stride: usize,
-    v: Rows<V>,
-    keys: usize,
-    out: *mut f32,
-    width: usize,
-) -> usize {
-    let mut key = 0;
-    while key + N <= keys {
-        accumulate_keys::<S, V, R, N>(probabilities.add(key), stride, v, key, out, width);
-        key += N;
-    }
-    while key < keys {
-        accumulate_keys::<S, V, R, 1>(probabilities.add(key), stride, v, key, out, width);
-        key += 1;
-    }
-    R
-}
-
-/// [`accumulate`] for the `N` keys from `key` on.
-#[inline(always)]
-unsafe fn accumulate_keys<S: Simd, V: Element, const R: usize, const N: usize>(
-    probabilities: *const f32,
-    stride: usize,
-    v: Rows<V>,
-    key: usize,
-    out: *mut f32,
-    width: usize,
-) {
-    let p: [[S::Vector; N]; R] =
-        std::array::from_fn(|r| std::array::from_fn(|n| S::splat(probabilities.add(r * stride + n).read())));
-    let rows: [*const V; N] = std::array::from_fn(|n| v.row(key + n));
-    for n in 0..N {
-        v.prefetch_far::<S>(key + n);
-    }
-    for column in (0..width).step_by(S::LANES) {
-        let x: [S::Vector; N] = std::array::from_fn(|n| V::load::<S>(rows[n].add(column)));
-        for (r, p) in p.iter().enumerate() {
-            let to = out.add(r * width + column);
-            let mut sum = S::load(to);
-            for (n, &p) in p.iter().enumerate() {
-                sum = S::fma(p, x[n], sum);
-            }
-            S::store(to, sum);
-        }
-    }
-}
-
-/// [`accumulate`] for a single row, `N` vectors of columns at a time: with one probability a key, the sums fit in
-/// registers and nothing but `v` is read.
-#[inline(always)]
-unsafe fn accumulate_one<S: Simd, V: Element, const N: usize>(
-    probabilities: *const f32,
-    v: Rows<V>,
-    keys: usize,
-    out: *mut f32,
-    width: usize,
-) -> usize {
-    let mut column = 0;
-    while column + N * S::LANES <= width {
-        accumulate_columns::<S, V, N>(probabilities, v, column, keys, out.add(column));
-        column += N * S::LANES;
-    }
-    while column < width {
-        accumulate_columns::<S, V, 1>(probabilities, v, column, keys, out.add(column));
-        column += S::LANES;
-    }
-    1
-}
-
-/// [`accumulate_one`] for the `N` vectors of columns from `column` on.
-#[inline(always)]
-unsafe fn accumulate_columns<S: Simd, V: Element, const N: usize>(
-    probabilities: *const f32,
-    v: Rows<V>,
-    column: usize,
-    keys: usize,
-    out: *mut f32,
-) {
-    let mut acc: [S::Vector; N] = std::array::from_fn(|n| S::load(out.add(n * S::LANES)));
-    for key in 0..keys {
-        if column == 0 {
-            v.prefetch_far::<S>(key);
-        }
-        let from = v.row(key).add(column);
-        let p = S::splat(probabilities.add(key).read());
-        for (n, acc) in acc.iter_mut().enumerate() {
-            *acc = S::fma(p, V::load::<S>(from.add(n * S::LANES)), *acc);
-        }
-    }
-    for (n, &acc) in acc.iter().enumerate() {
-        S::store(out.add(n * S::LANES), acc);
     }
 }

@@ -11,6 +11,7 @@
 #![allow(clippy::float_cmp, reason = "exact zeros and ones are states, not results of rounding")]
 #![allow(clippy::cast_ptr_alignment, reason = "tensors are aligned to their elements, which the caller guarantees")]
 
+mod append;
 mod backward;
 mod call;
 mod decode;
@@ -31,9 +32,10 @@ mod schedule;
 mod score;
 mod workspace;
 
-use mtlflashattn_core::{CpuTile, Problem, Strides};
+use mtlflashattn_core::{CacheBuffers, CpuTile, Problem, Strides};
 use thiserror::Error as ThisError;
 
+pub use append::{AppendInputs, AppendOutputs, append};
 pub use backward::{Gradient, InputGradients, OutputGradients, backward};
 pub use isa::Isa;
 
@@ -63,8 +65,10 @@ pub struct Inputs<'a> {
     pub v: *const u8,
     /// `cu_seqlens_q` of a packed problem, checked by [`mtlflashattn_core::Lengths::check_offsets`]; else empty.
     pub query_offsets: &'a [i32],
-    /// `cu_seqlens_k` of a packed problem; else empty.
+    /// `cu_seqlens_k` of a packed problem without a cache; else empty.
     pub key_offsets: &'a [i32],
+    /// The buffers of the problem's cache, checked by [`Problem::check_cache`]; else empty.
+    pub cache: CacheBuffers<'a>,
     /// First ALiBi slope; null when the problem has none.
     pub alibi_slopes: *const f32,
     /// First element of the bias or mask; null when the problem has none.
@@ -94,7 +98,7 @@ pub struct Outputs {
 ///
 /// # Safety
 /// All pointers must be valid for the shapes and strides of `problem` (reads for inputs, writes for outputs), the
-/// outputs must overlap nothing else, and the offsets must have been checked.
+/// outputs must overlap nothing else, and offsets and buffers of a cache must have been checked.
 ///
 /// # Panics
 /// If this machine cannot run `isa`.

@@ -5,13 +5,15 @@
 
 use std::ops::Range;
 
+use mtlflashattn_core::Strides;
+
 use crate::call::{Call, Task, Work, normalizer};
 use crate::dropout::PanelDropout;
 use crate::element::{Element, narrow, widen};
 use crate::interrupt::Ticker;
 use crate::isa::{Simd, load_row, store_row};
 use crate::modify::PanelScores;
-use crate::rows::{Rows, prefetch};
+use crate::rows::{AHEAD, Rows, prefetch};
 use crate::workspace::Carver;
 use crate::{math, score};
 
@@ -231,39 +233,55 @@ impl Work<'_, '_, Scratch> {
     #[inline(always)]
     unsafe fn stage_keys<S: Simd, T: Element>(&self, keys: &Range<usize>, padded: usize) -> (*const f32, usize) {
         let (head_dim, depth) = (self.call.problem.head_dim, self.scratch.depth);
-        let stride = self.call.problem.k.row as isize;
-        let from = self.call.k_base::<T>(self.task).offset(keys.start as isize * stride);
-        let rows = Rows::new(from, stride, head_dim);
-        // Rows that lie apart would compete for few cache sets.
-        if T::IS_F32 && rows.contiguous() && depth == head_dim && padded == keys.len() {
-            return (from.cast(), depth);
-        }
+        let source = (self.call.inputs.k, &self.call.problem.k, head_dim);
         let to = self.at(self.scratch.keys);
-        for key in 0..keys.len() {
-            rows.prefetch_behind::<S>(key);
-            widen::<S, T>(rows.row(key), head_dim, depth, to.add(key * depth));
+        for run in self.call.runs(&self.task.sequence, keys.clone()) {
+            let rows = self.rows_of::<T>(source, run.start);
+            // Rows that lie apart would compete for few cache sets.
+            if T::IS_F32 && rows.contiguous() && depth == head_dim && padded == run.len() {
+                return (rows.row(0).cast(), depth);
+            }
+            for (row, key) in run.enumerate() {
+                rows.prefetch_behind::<S>(row);
+                widen::<S, T>(rows.row(row), head_dim, depth, to.add((key - keys.start) * depth));
+            }
         }
         to.add(keys.len() * depth).write_bytes(0, (padded - keys.len()) * depth);
         (to, depth)
     }
 
+    /// Rows of K or V of the task's head from `key` on.
+    fn rows_of<T>(&self, source: (*const u8, &Strides, usize), key: usize) -> Rows<T> {
+        self.call.rows(source, &self.task.sequence, key, self.task.key_head, AHEAD)
+    }
+
     /// V of the block as `[value_dim / TILE][keys][TILE]`, the order in which the values tile reads it.
     #[inline(always)]
     unsafe fn pack_values<S: Simd, T: Element>(&self, keys: &Range<usize>, padded: usize) {
+        let source = (self.call.inputs.v, &self.call.problem.v, self.call.problem.value_dim);
+        for run in self.call.runs(&self.task.sequence, keys.clone()) {
+            // Rows behind the last key are zeros, up to whole tiles.
+            let end = if run.end == keys.end { keys.start + padded } else { run.end };
+            let place = run.start - keys.start..end - keys.start;
+            self.pack_run::<S, T>(self.rows_of(source, run.start), run.len(), place, padded);
+        }
+    }
+
+    /// `count` rows of V to `place` in the packed block, which ends with rows of zeros where it is longer.
+    #[inline(always)]
+    unsafe fn pack_run<S: Simd, T: Element>(&self, source: Rows<T>, count: usize, place: Range<usize>, padded: usize) {
         /// Rows moved together, so that stores fill whole cache lines.
         const ROWS: usize = 4;
         let value_dim = self.call.problem.value_dim;
         let columns = value_dim.next_multiple_of(S::TILE);
-        let stride = self.call.problem.v.row as isize;
-        let from = self.call.v_base::<T>(self.task).offset(keys.start as isize * stride);
-        let source = Rows::new(from, stride, value_dim);
+        debug_assert!(place.len().is_multiple_of(ROWS), "pages hold whole groups of rows");
         let (staged, packed) = (self.at(self.scratch.rows), self.at(self.scratch.values));
         let in_place = T::IS_F32 && columns == value_dim;
-        for key in (0..padded).step_by(ROWS) {
+        for key in (0..place.len()).step_by(ROWS) {
             let rows: [*const f32; ROWS] = std::array::from_fn(|i| {
                 let to = staged.add(i * self.scratch.value_dim);
                 source.prefetch_behind::<S>(key + i);
-                if key + i >= keys.len() {
+                if key + i >= count {
                     to.write_bytes(0, columns);
                 } else if in_place {
                     return source.row(key + i).cast();
@@ -273,7 +291,7 @@ impl Work<'_, '_, Scratch> {
                 to.cast_const()
             });
             for column in (0..columns).step_by(S::TILE) {
-                let to = packed.add(column * padded + key * S::TILE);
+                let to = packed.add(column * padded + (place.start + key) * S::TILE);
                 for (i, row) in rows.iter().enumerate() {
                     row.add(column).copy_to_nonoverlapping(to.add(i * S::TILE), S::TILE);
                 }

@@ -3,8 +3,8 @@
 use crate::isa::Simd;
 
 const CACHE_LINE: usize = 64;
-/// How many rows ahead of the one in use are asked for.
-const AHEAD: usize = 8;
+/// How many rows ahead of the one in use are asked for where nobody says.
+pub(crate) const AHEAD: usize = 8;
 
 /// Asks for the `bytes` at `pointer`, which need not be valid.
 #[inline(always)]
@@ -22,17 +22,18 @@ pub(crate) struct Rows<T> {
     stride: isize,
     /// Elements of a row that are read.
     width: usize,
-    /// How many rows ahead [`Rows::prefetch_far`] asks; 0 for not at all.
-    ahead: usize,
+    /// What to ask for when row 0 is read; row 1 asks for what is a row behind, and so on. Null to ask for nothing.
+    ahead: *const T,
 }
 
 impl<T> Rows<T> {
+    /// Rows that ask for what is [`AHEAD`] rows behind them.
     pub(crate) const fn new(pointer: *const T, stride: isize, width: usize) -> Self {
-        Self { pointer, stride, width, ahead: 0 }
+        Self { pointer, stride, width, ahead: pointer.wrapping_offset(AHEAD as isize * stride) }
     }
 
-    /// The same rows, asked for `ahead` rows before they are read.
-    pub(crate) const fn with_ahead(self, ahead: usize) -> Self {
+    /// The same rows; row 0 asks for `ahead`.
+    pub(crate) const fn with_ahead(self, ahead: *const T) -> Self {
         Self { ahead, ..self }
     }
 
@@ -56,18 +57,17 @@ impl<T> Rows<T> {
     /// row that lies apart would cost them a miss.
     #[inline(always)]
     pub(crate) unsafe fn prefetch_behind<S: Simd>(&self, index: usize) {
-        if !self.contiguous() {
-            let row = self.pointer.wrapping_offset((index + AHEAD) as isize * self.stride);
+        if !self.contiguous() && !self.ahead.is_null() {
+            let row = self.ahead.wrapping_offset(index as isize * self.stride);
             prefetch::<S>(row.cast(), self.width * size_of::<T>());
         }
     }
 
-    /// Asks for the row that `with_ahead` says, far from the processor: streams from memory need many requests in
-    /// flight.
+    /// The same, far from the processor and for any rows: streams from memory need many requests in flight.
     #[inline(always)]
     pub(crate) unsafe fn prefetch_far<S: Simd>(&self, index: usize) {
-        if self.ahead > 0 {
-            let row = self.pointer.wrapping_offset((index + self.ahead) as isize * self.stride).cast::<u8>();
+        if !self.ahead.is_null() {
+            let row = self.ahead.wrapping_offset(index as isize * self.stride).cast::<u8>();
             for line in (0..self.width * size_of::<T>()).step_by(CACHE_LINE) {
                 S::prefetch_far(row.wrapping_add(line));
             }

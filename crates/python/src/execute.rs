@@ -2,7 +2,9 @@
 
 use std::ptr;
 
-use mtlflashattn_core::{self as core, Demotions, Device, Lengths, Planner, Problem, Settings, Strides, Tier};
+use mtlflashattn_core::{
+    self as core, CacheBuffers, Demotions, Device, Lengths, Planner, Problem, Settings, Strides, Tier,
+};
 use mtlflashattn_cpu::{self as cpu, Inputs, Isa, Outputs};
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -369,6 +371,7 @@ pub fn cpu_inputs<'a>(described: &Described, views: &Tensors<View>, offsets: &'a
         v: described.v.data,
         query_offsets: &offsets.query,
         key_offsets: &offsets.key,
+        cache: CacheBuffers::default(),
         alibi_slopes: first(Slot::AlibiSlopes).cast(),
         bias: first(Slot::Bias),
         sinks: first(Slot::Sinks).cast(),

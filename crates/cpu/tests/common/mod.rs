@@ -3,6 +3,7 @@
 #![allow(clippy::float_cmp, reason = "infinities must be equal")]
 #![allow(clippy::struct_excessive_bools, reason = "features are on or off")]
 
+pub mod cached;
 pub mod cases;
 
 use std::cell::OnceCell;
@@ -11,7 +12,7 @@ use half::{bf16, f16};
 use mtlflashattn_core::reference::bounds::{error_bounds, gradient_bounds};
 use mtlflashattn_core::reference::{ReferenceInputs, backward as reference_gradients, forward as reference};
 use mtlflashattn_core::{
-    Alignment, BiasKind, CpuBackwardTile, CpuTile, Dropout, Dtype, Options, Problem, Strides, TensorMeta,
+    Alignment, BiasKind, CacheBuffers, CpuBackwardTile, CpuTile, Dropout, Dtype, Options, Problem, Strides, TensorMeta,
 };
 use mtlflashattn_cpu::{Error, Gradient, InputGradients, Inputs, Isa, OutputGradients, Outputs, backward, forward};
 
@@ -23,7 +24,7 @@ impl Random {
         Self(seed)
     }
 
-    fn next(&mut self) -> u64 {
+    pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -332,6 +333,7 @@ impl Run {
             v: self.v.bytes.as_ptr(),
             query_offsets: &self.query_offsets,
             key_offsets: &self.key_offsets,
+            cache: CacheBuffers::default(),
             alibi_slopes: self.slopes.as_ptr(),
             bias: self.bias.as_ptr(),
             sinks: self.sinks.as_ptr(),
@@ -461,8 +463,11 @@ impl Run {
 
     /// Runs the engine.
     pub fn engine(&self, isa: Isa, tile: &CpuTile, threads: usize) -> Results {
-        let problem = &self.problem;
         self.problem.lengths.check_offsets(&self.query_offsets, &self.key_offsets).expect("valid offsets");
+        self.compute(&self.problem, &self.inputs(), isa, tile, threads)
+    }
+
+    fn compute(&self, problem: &Problem, inputs: &Inputs<'_>, isa: Isa, tile: &CpuTile, threads: usize) -> Results {
         let size = self.dtype.size();
         let mut shape = self.q.shape.clone();
         *shape.last_mut().unwrap() = problem.value_dim as i64;
@@ -475,10 +480,9 @@ impl Run {
         let (heads, dim) = (problem.query_heads as i64, problem.value_dim as i64);
         let out_strides =
             Strides { batch: if shape.len() == 4 { shape[1] * heads * dim } else { 0 }, row: heads * dim, head: dim };
-        let inputs = self.inputs();
         let outputs = Outputs { out: out.as_mut_ptr(), out_strides, lse: lse.as_mut_ptr() };
         // SAFETY: all buffers were made for this problem.
-        unsafe { forward(problem, tile, isa, threads, &inputs, &outputs, &mut || false) }.expect("the call finishes");
+        unsafe { forward(problem, tile, isa, threads, inputs, &outputs, &mut || false) }.expect("the call finishes");
         assert!(out[elements * size..] == hole.repeat(guard), "{} wrote behind the output", isa.name());
         out.truncate(elements * size);
         Results {
