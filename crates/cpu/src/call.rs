@@ -161,7 +161,8 @@ impl<'a> Call<'a> {
         })
     }
 
-    /// Rows of one head of k or v from `key` on, to the end of its run; each asks for the one `ahead` keys behind it.
+    /// Rows of one head of k or v from `key` on, to the end of its run; each asks for the one `ahead` keys behind it, or
+    /// with 0 for nothing.
     pub(crate) fn rows<T>(
         &self,
         (first, strides, width): (*const u8, &Strides, usize),
@@ -173,6 +174,7 @@ impl<'a> Call<'a> {
         let at = |key| first.cast::<T>().wrapping_offset(self.key_offset(strides, sequence, key, head));
         let rows = Rows::new(at(key), strides.row as isize, width);
         match self.problem.cache {
+            _ if ahead == 0 => rows.with_ahead(std::ptr::null()),
             // Behind the last key of a tensor the next head or sequence begins; in a cache that may be anything.
             Some(_) if key + ahead >= sequence.key_len => rows.with_ahead(std::ptr::null()),
             _ => rows.with_ahead(at(key + ahead)),

@@ -16,12 +16,10 @@ use crate::isa::Simd;
 use crate::rows::Rows;
 use crate::workspace::Carver;
 use crate::{dropout, math, score};
-use products::{SLACK, accumulate, accumulate_one, dot};
+use products::{accumulate, accumulate_one, dot};
 
-/// Keys of one block: a whole number of vectors for every instruction set, and a divisor of the panel path's block.
-const BLOCK: usize = 128;
-/// From the scores of one row to those of the next.
-const SCORES: usize = BLOCK + SLACK;
+/// Bytes of K and V of one block: half of a 32 KiB first-level cache.
+const BLOCK_BYTES: usize = 16 * 1024;
 
 /// Bytes of K or V that all heads read before the first goes on, where the rows of several heads lie side by side.
 const PART_BYTES: usize = 16 * 1024;
@@ -36,6 +34,8 @@ pub(crate) struct Scratch {
     /// Padded head dimensions.
     depth: usize,
     value_dim: usize,
+    /// Keys of one block.
+    block: usize,
     queries: usize,
     out: usize,
     /// Running maximum and sum, two values a row.
@@ -53,17 +53,22 @@ impl Scratch {
         let problem = call.problem;
         let depth = problem.head_dim.next_multiple_of(S::LANES);
         let value_dim = problem.value_dim.next_multiple_of(S::LANES);
+        let block = BLOCK_BYTES / ((depth + value_dim) * size_of::<T>());
+        // Whole vectors for every instruction set, and a divisor of the panel path's block.
+        let block = (block / 16 * 16).clamp(16, 128);
+        let block = 1 << block.ilog2();
         let mut carver = Carver::default();
         let mut scratch = Self {
             depth,
             value_dim,
+            block,
             queries: carver.take(rows * depth),
             out: carver.take(rows * value_dim),
             state: carver.take(rows * 2),
-            scores: carver.take(rows * SCORES),
-            bias: carver.take(BLOCK),
-            keys: carver.take(if depth == problem.head_dim { 0 } else { BLOCK * depth }),
-            values: carver.take(if value_dim == problem.value_dim { 0 } else { BLOCK * value_dim }),
+            scores: carver.take(rows * block),
+            bias: carver.take(block),
+            keys: carver.take(if depth == problem.head_dim { 0 } else { block * depth }),
+            values: carver.take(if value_dim == problem.value_dim { 0 } else { block * value_dim }),
             len: 0,
         };
         scratch.len = carver.len();
@@ -90,7 +95,7 @@ pub(crate) unsafe fn run<S: Simd, T: Element>(
 ) {
     let work = Work { call, task, scratch, block };
     work.start::<S, T>();
-    for keys in call.blocks(task, BLOCK) {
+    for keys in call.blocks(task, scratch.block) {
         if ticker.should_stop() {
             return;
         }
@@ -150,11 +155,16 @@ impl Work<'_, '_, Scratch> {
         parts.flat_map(move |part| self.call.runs(&self.task.sequence, part.start..part.end.min(end)))
     }
 
-    /// The rows of K or V of one head from `key` on.
-    fn rows_of<T>(&self, source: (*const u8, &Strides, usize), head: usize, key: usize) -> Rows<T> {
+    /// The rows of K or V of the task's first head from `key` on.
+    fn rows_of<T>(&self, source: (*const u8, &Strides, usize), key: usize) -> Rows<T> {
         let row_bytes = source.2 * size_of::<T>();
-        let ahead = if source.1.row == source.2 as i64 { AHEAD_BYTES.div_ceil(row_bytes) } else { AHEAD_ROWS };
-        self.call.rows(source, &self.task.sequence, key, self.task.key_head + head, ahead)
+        // Hardware prefetchers follow one row after the other by themselves, unless several queries make it slow.
+        let ahead = match (source.1.row == source.2 as i64, self.head_rows()) {
+            (true, 1) => 0,
+            (true, _) => AHEAD_BYTES.div_ceil(row_bytes),
+            (false, _) => AHEAD_ROWS,
+        };
+        self.call.rows(source, &self.task.sequence, key, self.task.key_head, ahead)
     }
 
     /// Scores of all rows against the block `keys`.
@@ -164,8 +174,9 @@ impl Work<'_, '_, Scratch> {
         let source = (self.call.inputs.k, &self.call.problem.k, head_dim);
         for part in self.parts::<T>(keys, head_dim) {
             let place = part.start - keys.start..part.end - keys.start;
+            let first = self.rows_of::<T>(source, part.start);
             for head in 0..self.task.heads {
-                let k = self.rows_of::<T>(source, head, part.start);
+                let k = first.shifted(head as isize * source.1.head as isize);
                 if depth == head_dim {
                     self.dots::<S, T>(head, k, &place);
                 } else {
@@ -183,8 +194,9 @@ impl Work<'_, '_, Scratch> {
         let source = (self.call.inputs.v, &self.call.problem.v, value_dim);
         for part in self.parts::<T>(keys, value_dim) {
             let place = part.start - keys.start..part.end - keys.start;
+            let first = self.rows_of::<T>(source, part.start);
             for head in 0..self.task.heads {
-                let v = self.rows_of::<T>(source, head, part.start);
+                let v = first.shifted(head as isize * source.1.head as isize);
                 if width == value_dim {
                     self.sums::<S, T>(head, v, &place);
                 } else {
@@ -210,13 +222,13 @@ impl Work<'_, '_, Scratch> {
     #[inline(always)]
     unsafe fn dots<S: Simd, K: Element>(&self, head: usize, k: Rows<K>, part: &Range<usize>) {
         let (first, rows) = (head * self.head_rows(), self.head_rows());
-        let (depth, stride, keys) = (self.scratch.depth, SCORES, part.len());
+        let (depth, stride, keys) = (self.scratch.depth, self.scratch.block, part.len());
         let mut row = 0;
         while row < rows {
             let queries = self.at(self.scratch.queries + (first + row) * depth);
             let scores = self.at(self.scratch.scores + (first + row) * stride + part.start);
+            // Eight accumulators hide the latency of the multiply-add, whatever the number of rows.
             row += match rows - row {
-                4.. if S::REGISTERS >= 32 => dot::<S, K, 4, 4>(queries, depth, k, keys, scores, stride),
                 4.. => dot::<S, K, 4, 2>(queries, depth, k, keys, scores, stride),
                 2.. => dot::<S, K, 2, 4>(queries, depth, k, keys, scores, stride),
                 _ => dot::<S, K, 1, 8>(queries, depth, k, keys, scores, stride),
@@ -228,14 +240,13 @@ impl Work<'_, '_, Scratch> {
     #[inline(always)]
     unsafe fn sums<S: Simd, V: Element>(&self, head: usize, v: Rows<V>, part: &Range<usize>) {
         let (first, rows) = (head * self.head_rows(), self.head_rows());
-        let (width, stride, keys) = (self.scratch.value_dim, SCORES, part.len());
+        let (width, stride, keys) = (self.scratch.value_dim, self.scratch.block, part.len());
         let mut row = 0;
         while row < rows {
             let probabilities = self.at(self.scratch.scores + (first + row) * stride + part.start);
             let out = self.at(self.scratch.out + (first + row) * width);
             // Up to eight probabilities stay in registers while the columns pass.
             row += match rows - row {
-                4.. if S::REGISTERS >= 32 => accumulate::<S, V, 4, 4>(probabilities, stride, v, keys, out, width),
                 4.. => accumulate::<S, V, 4, 2>(probabilities, stride, v, keys, out, width),
                 2.. => accumulate::<S, V, 2, 4>(probabilities, stride, v, keys, out, width),
                 _ => accumulate_one::<S, V, 8>(probabilities, v, keys, out, width),
@@ -250,7 +261,7 @@ impl Work<'_, '_, Scratch> {
         let mut i = 0;
         for head in 0..self.task.heads {
             for row in self.task.rows.clone() {
-                let scores = self.at(self.scratch.scores + i * SCORES);
+                let scores = self.at(self.scratch.scores + i * self.scratch.block);
                 for key in keys.len()..padded {
                     scores.add(key).write(f32::NEG_INFINITY);
                 }

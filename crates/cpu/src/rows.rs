@@ -37,6 +37,12 @@ impl<T> Rows<T> {
         Self { ahead, ..self }
     }
 
+    /// Rows that lie `elements` behind these, and ask for what lies as far behind.
+    pub(crate) fn shifted(self, elements: isize) -> Self {
+        let ahead = if self.ahead.is_null() { self.ahead } else { self.ahead.wrapping_offset(elements) };
+        Self { pointer: self.pointer.wrapping_offset(elements), ahead, ..self }
+    }
+
     /// Whether each row follows its predecessor without a gap.
     pub(crate) const fn contiguous(&self) -> bool {
         self.stride == self.width as isize

@@ -4,14 +4,9 @@ use crate::element::Element;
 use crate::isa::Simd;
 use crate::rows::Rows;
 
-/// Most keys that [`dot`] takes at once: it may write that many scores, less one, behind the last.
-pub(super) const SLACK: usize = 16;
-
-/// `scores[r][key] = queries[r] . k[key]` for `R` rows, `N` keys at a time. Returns `R`.
-///
-/// Every sum has one accumulator, so that it is the same for any `R` and `N`.
+/// `scores[r][key] = queries[r] . k[key]` for `R` rows, with `U` accumulators for each. Returns `R`.
 #[inline(always)]
-pub(super) unsafe fn dot<S: Simd, K: Element, const R: usize, const N: usize>(
+pub(super) unsafe fn dot<S: Simd, K: Element, const R: usize, const U: usize>(
     queries: *const f32,
     depth: usize,
     k: Rows<K>,
@@ -19,39 +14,33 @@ pub(super) unsafe fn dot<S: Simd, K: Element, const R: usize, const N: usize>(
     scores: *mut f32,
     stride: usize,
 ) -> usize {
-    for key in (0..keys).step_by(N) {
-        // Behind the last key it is taken again, and its score forgotten.
-        let from: [*const K; N] = std::array::from_fn(|n| k.row((key + n).min(keys - 1)));
-        for n in 0..N {
-            k.prefetch_far::<S>(key + n);
+    for key in 0..keys {
+        let from = k.row(key);
+        k.prefetch_far::<S>(key);
+        let mut acc = [[S::splat(0.0); U]; R];
+        let mut i = 0;
+        while i + U * S::LANES <= depth {
+            for u in 0..U {
+                let x = K::load::<S>(from.add(i + u * S::LANES));
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    acc[u] = S::fma(x, S::load(queries.add(r * depth + i + u * S::LANES)), acc[u]);
+                }
+            }
+            i += U * S::LANES;
         }
-        let mut acc = [[S::splat(0.0); N]; R];
-        for i in (0..depth).step_by(S::LANES) {
-            let x: [S::Vector; N] = std::array::from_fn(|n| K::load::<S>(from[n].add(i)));
+        while i < depth {
+            let x = K::load::<S>(from.add(i));
             for (r, acc) in acc.iter_mut().enumerate() {
-                let query = S::load(queries.add(r * depth + i));
-                for (n, acc) in acc.iter_mut().enumerate() {
-                    *acc = S::fma(x[n], query, *acc);
-                }
+                acc[0] = S::fma(x, S::load(queries.add(r * depth + i)), acc[0]);
             }
+            i += S::LANES;
         }
-        let to = scores.add(key);
-        match N {
-            2 => {
-                for r in (0..R).step_by(2) {
-                    let [a, b, c, d] = S::sum_four([acc[r][0], acc[r][1], acc[r + 1][0], acc[r + 1][1]]);
-                    to.add(r * stride).cast::<[f32; 2]>().write_unaligned([a, b]);
-                    to.add((r + 1) * stride).cast::<[f32; 2]>().write_unaligned([c, d]);
-                }
+        for (r, acc) in acc.iter().enumerate() {
+            let mut total = acc[0];
+            for &part in &acc[1..] {
+                total = S::add(total, part);
             }
-            _ => {
-                for (r, acc) in acc.iter().enumerate() {
-                    for n in (0..N).step_by(4) {
-                        let sums = S::sum_four([acc[n], acc[n + 1], acc[n + 2], acc[n + 3]]);
-                        to.add(r * stride + n).cast::<[f32; 4]>().write_unaligned(sums);
-                    }
-                }
-            }
+            scores.add(r * stride + key).write(S::sum(total));
         }
     }
     R

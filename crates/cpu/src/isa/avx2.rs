@@ -131,7 +131,6 @@ impl Simd for Avx2 {
     type Vector = __m256;
     type Row = [__m256; 3];
     const LANES: usize = 8;
-    const REGISTERS: usize = 16;
     const PANEL: usize = 24;
     const TILE: usize = 4;
 
@@ -231,15 +230,6 @@ impl Simd for Avx2 {
         let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
         let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
         _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
-    }
-
-    #[inline(always)]
-    unsafe fn sum_four([a, b, c, d]: [__m256; 4]) -> [f32; 4] {
-        let ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
-        let cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
-        let sums = _mm256_add_ps(_mm256_shuffle_ps::<0x44>(ab, cd), _mm256_shuffle_ps::<0xee>(ab, cd));
-        let sums = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps::<1>(sums));
-        std::mem::transmute(sums)
     }
 
     #[inline(always)]

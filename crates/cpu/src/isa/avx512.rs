@@ -152,7 +152,6 @@ impl Simd for Avx512 {
     type Vector = __m512;
     type Row = [__m512; 2];
     const LANES: usize = 16;
-    const REGISTERS: usize = 32;
     const PANEL: usize = 32;
     const TILE: usize = 8;
 
@@ -248,16 +247,6 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn sum(x: __m512) -> f32 {
         _mm512_reduce_add_ps(x)
-    }
-
-    #[inline(always)]
-    unsafe fn sum_four([a, b, c, d]: [__m512; 4]) -> [f32; 4] {
-        let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-        let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-        let sums = _mm512_add_ps(_mm512_shuffle_ps::<0x44>(ab, cd), _mm512_shuffle_ps::<0xee>(ab, cd));
-        let sums = _mm256_add_ps(_mm512_castps512_ps256(sums), _mm512_extractf32x8_ps::<1>(sums));
-        let sums = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps::<1>(sums));
-        std::mem::transmute(sums)
     }
 
     #[inline(always)]

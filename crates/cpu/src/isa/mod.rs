@@ -145,8 +145,6 @@ pub(crate) trait Simd: Copy + 'static {
     const LANES: usize;
     /// Query rows in a panel: a whole number of vectors.
     const PANEL: usize;
-    /// Vector registers.
-    const REGISTERS: usize;
     /// Keys of one scores tile and value columns of one values tile.
     const TILE: usize;
 
@@ -174,8 +172,6 @@ pub(crate) trait Simd: Copy + 'static {
     /// `x` where `low <= key < high`, negative infinity elsewhere.
     unsafe fn keep_between(x: Self::Vector, key: Self::Vector, low: Self::Vector, high: Self::Vector) -> Self::Vector;
     unsafe fn sum(x: Self::Vector) -> f32;
-    /// The sums of four vectors, all formed in the same order.
-    unsafe fn sum_four(x: [Self::Vector; 4]) -> [f32; 4];
     /// The largest lane.
     unsafe fn largest(x: Self::Vector) -> f32;
     /// `LANES` rows of `LANES` values, each times `factor`, become columns. Strides in elements.
