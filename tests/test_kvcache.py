@@ -15,7 +15,7 @@ from reference import Rules, packed_attention
 from torch import Tensor
 from ways import WAYS, Way, parametrize, random_problems
 
-CACHE_WAYS = [way for way in WAYS if way.tier == "torch"]
+CACHE_WAYS = [way for way in WAYS if way.tier in ("cpu", "torch")]
 ways = parametrize(CACHE_WAYS)
 
 

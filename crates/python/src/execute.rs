@@ -231,7 +231,7 @@ fn operands<'py>(call: &Call<'_, 'py>, results: &Results<'py>) -> Result<Operand
 }
 
 /// `cu_seqlens_*` of a packed call: copied, so that no other thread can change them after the check.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub struct Offsets {
     pub query: Vec<i32>,
     pub key: Vec<i32>,
@@ -323,7 +323,7 @@ fn heads_first_out<'py>(
     })
 }
 
-fn read_result<'py>(torch: &Torch, tensor: Bound<'py, PyAny>) -> Result<(Bound<'py, PyAny>, View)> {
+pub fn read_result<'py>(torch: &Torch, tensor: Bound<'py, PyAny>) -> Result<(Bound<'py, PyAny>, View)> {
     let view = match read_memory(torch, &tensor) {
         Some(view) => view,
         None => View::describe(&tensor)?.ok_or_else(|| unreadable("out"))?,
@@ -342,9 +342,9 @@ impl<'py> Results<'py> {
 }
 
 /// What the engine reads and writes.
-struct Pointers<'a> {
-    inputs: Inputs<'a>,
-    outputs: Outputs,
+pub struct Pointers<'a> {
+    pub inputs: Inputs<'a>,
+    pub outputs: Outputs,
 }
 
 // SAFETY: the tensors behind the pointers are kept alive by the arguments of the Python call, on whichever thread the
@@ -354,7 +354,7 @@ unsafe impl Send for Pointers<'_> {}
 unsafe impl Sync for Pointers<'_> {}
 
 impl<'a> Pointers<'a> {
-    fn new(described: &Described, views: &Tensors<View>, offsets: &'a Offsets, results: &Results<'_>) -> Self {
+    pub fn new(described: &Described, views: &Tensors<View>, offsets: &'a Offsets, results: &Results<'_>) -> Self {
         let inputs = cpu_inputs(described, views, offsets);
         let out_strides = Strides::of(&results.out_view.meta(described.problem.dtype));
         let lse = results.lse.as_ref().map_or(ptr::null_mut(), |(_, view)| view.data.cast());

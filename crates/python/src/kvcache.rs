@@ -4,6 +4,7 @@
 
 mod call;
 mod contents;
+mod engine;
 mod operator;
 mod overlap;
 
@@ -15,10 +16,11 @@ use pyo3::types::{PyDict, PyTuple};
 
 use self::call::{CacheCall, CacheNumbers, Names, check_splits, check_types, describe};
 use self::contents::Contents;
+use self::engine::Engine;
 use crate::arguments;
 use crate::call::{Numbers, Slot, Tensors};
 use crate::error::{Error, Result, guard};
-use crate::execute::{Results, allocate, cpu_device, make_readable, torch_rules};
+use crate::execute::{Results, SMALL_FLOPS, allocate, cpu_device, make_readable, torch_rules};
 use crate::form::Form;
 use crate::forward::{read_any, read_direct};
 use crate::tensor::{Place, View};
@@ -211,16 +213,18 @@ fn execute<'py>(
     require_in_place(names, views)?;
     make_readable(torch, &mut objects, views)?;
     let cached = describe(names, numbers, &objects, views)?;
-    let problem = &cached.described.problem;
     if cached.append.is_some() {
         overlap::check(names, &objects, views)?;
     }
     let settings = settings::current(py)?;
     let contents = Contents::read(torch, names, &objects, views, &cached)?;
+    let problem = &cached.described.problem.with_longest_keys(&contents.buffers());
     let isa = settings.isa()?;
+    let small = problem.flops() < SMALL_FLOPS;
+    let threads = if small { 1 } else { torch.num_threads(py)? };
     let device = match (settings.metal_device(views.q().place), views.q().place) {
         (Some(metal), _) => core::Device::Metal(metal.gpu(py)?),
-        (None, Place::Cpu) => cpu_device(isa, torch.num_threads(py)?),
+        (None, Place::Cpu) => cpu_device(isa, threads),
         (None, _) => core::Device::Torch,
     };
     let planner = Planner::new(device, &settings.values);
@@ -228,9 +232,12 @@ fn execute<'py>(
     let form = form(objects.get(Slot::CuSeqlensQ).is_some());
     let results = allocate(torch, form, &objects, &cached.described, want_lse)?;
     let call = Call { numbers, objects: &objects, cached: &cached, contents: &contents };
-    match plan.tier {
-        Tier::Torch => run_torch(py, &call, settings.values.torch_chunk, &results)?,
-        other => unreachable!("no plan over a cache has the tier {other}"),
+    match &plan.cpu {
+        Some(tile) => {
+            let engine = Engine { problem, tile, isa, threads, small };
+            engine.run(py, torch, &call, views, &results)?;
+        }
+        None => run_torch(py, &call, settings.values.torch_chunk, &results)?,
     }
     // What torch itself wrote it has counted.
     if cached.append.is_some() && plan.tier != Tier::Torch {
@@ -299,7 +306,7 @@ fn run_torch(py: Python<'_>, call: &Call<'_, '_>, chunk: usize, results: &Result
     keywords.set_item("interleaved", numbers.interleaved)?;
     keywords.set_item("queries_advance", rotary.is_some_and(|rotary| rotary.queries_advance))?;
     let packed = objects.get(Slot::CuSeqlensQ).is_some();
-    keywords.set_item("query_offsets", packed.then_some(&contents.query_offsets))?;
+    keywords.set_item("query_offsets", packed.then_some(&contents.offsets.query))?;
     keywords.set_item("out", &results.out)?;
     keywords.set_item("lse", results.lse.as_ref().map(|(lse, _)| lse))?;
     keywords.set_item("rules", torch_rules(problem, &numbers.common, objects, chunk))?;

@@ -2,7 +2,7 @@
 
 use super::{Cache, CacheBuffers, CacheLayout, CacheLengths};
 use crate::problem::check_sequence_offsets;
-use crate::{Error, Problem, Result};
+use crate::{Error, Lengths, Problem, Result};
 
 impl Problem {
     /// Checks the contents of the buffers of the problem's cache: lengths within the cache, sequences that start before
@@ -28,6 +28,22 @@ impl Problem {
                 table.check_written()
             }
         }
+    }
+}
+
+impl Problem {
+    /// The same problem with the lengths that the buffers, which must have been checked, say: the longest sequence of keys
+    /// bounds them all. A plan for it suits what the cache holds and not what it could hold.
+    #[must_use]
+    pub fn with_longest_keys(&self, buffers: &CacheBuffers<'_>) -> Self {
+        let Some(cache) = &self.cache else { return *self };
+        let longest = (0..self.lengths.batch()).map(|sequence| cache.key_len(buffers, sequence)).max().unwrap_or(0);
+        let mut lengths = self.lengths;
+        match &mut lengths {
+            Lengths::Dense { key_len, .. } => *key_len = longest,
+            Lengths::Packed { max_key_len, .. } => *max_key_len = longest,
+        }
+        Self { lengths, ..*self }
     }
 }
 

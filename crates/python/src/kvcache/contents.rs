@@ -6,7 +6,7 @@ use pyo3::prelude::*;
 
 use crate::call::{Slot, Tensors};
 use crate::error::Result;
-use crate::execute::{read_plain, unreadable};
+use crate::execute::{Offsets, read_plain, unreadable};
 use crate::kvcache::call::{CacheCall, Names};
 use crate::tensor::{Place, View};
 use crate::torch::Torch;
@@ -19,7 +19,7 @@ pub struct Contents {
     left_pad: Vec<i32>,
     pages: Vec<i32>,
     /// `cu_seqlens_q` of packed queries.
-    pub query_offsets: Vec<i32>,
+    pub offsets: Offsets,
 }
 
 impl Contents {
@@ -44,7 +44,7 @@ impl Contents {
             slots: read(Slot::CacheBatchIdx)?,
             left_pad: read(Slot::CacheLeftpad)?,
             pages: Vec::new(),
-            query_offsets: read(Slot::CuSeqlensQ)?,
+            offsets: Offsets { query: read(Slot::CuSeqlensQ)?, key: Vec::new() },
         };
         contents.pages = contents.read_pages(torch, objects, views, problem)?;
         contents.check(problem, call).map_err(|error| names.translate(error))?;
@@ -80,7 +80,7 @@ impl Contents {
     }
 
     fn check(&self, problem: &Problem, call: &CacheCall) -> mtlflashattn_core::Result<()> {
-        problem.lengths.check_query_offsets(&self.query_offsets)?;
+        problem.lengths.check_query_offsets(&self.offsets.query)?;
         problem.check_cache(&self.buffers())?;
         call.append.map_or(Ok(()), |append| append.check_positions(problem, &self.buffers()))
     }
