@@ -10,6 +10,7 @@ from importlib.metadata import version
 
 _import_error: Exception | None = None
 try:
+    from ._merge import merge_states
     from ._native import Plan, Trace, TraceEntry
     from .interface import (
         attention,
@@ -45,6 +46,7 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "merge_states",
     "plan",
     "trace",
 ]
