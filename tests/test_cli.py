@@ -65,7 +65,14 @@ def test_a_plan_names_tile_grid_prediction_and_reasons(capsys: pytest.CaptureFix
         *reasons(answer).values(),
     ]:
         assert shown in text
-    assert set(reasons(answer)) == {"tensorops", "tensorops-staged", "cpu", "torch", "scalar"}
+    assert set(reasons(answer)) == {
+        "decode",
+        "tensorops",
+        "tensorops-staged",
+        "cpu",
+        "torch",
+        "scalar",
+    }
 
 
 @pytest.mark.parametrize(
@@ -200,9 +207,9 @@ WRONG = [
     (["plan", "--bias", "int8"], '--bias is "int8"; allowed: bool, f16, bf16, f32'),
     (
         ["msl", "--tier", "torch"],
-        '--tier is "torch"; allowed: tensorops (or v2r), tensorops-staged, simdgroup',
+        '--tier is "torch"; allowed: decode, tensorops (or v2r), tensorops-staged, simdgroup',
     ),
-    (["msl", "--tier", "v9"], '--tier is "v9"; allowed: tensorops'),
+    (["msl", "--tier", "v9"], '--tier is "v9"; allowed: decode'),
     (["msl", "--tier", "v2", "--gpu", "m1"], "--tier: tensorops for this call is not supported"),
     (["msl", "--value-dim", "0"], "--value-dim is 0; allowed: a whole number of at least 1"),
     (["msl", "--head-dim", "many"], "argument --head-dim: invalid int value: 'many'"),
@@ -258,6 +265,12 @@ def test_any_call_has_a_tile_that_fits(
         assert main(arguments) == 0
     answer = json.loads("".join(printed))
     predicted, launch = answer["predicted"], answer["launch"]
+    if answer["tier"] == "decode":
+        # Its rows are those of all heads of a group, its threadgroups also splits of the keys.
+        assert launch["threadgroup_bytes"] <= 32768
+        covered = launch["threadgroups"][0] // launch["splits"] * launch["rows"]
+        assert covered - launch["rows"] < query_len * group <= covered
+        return
     assert answer["tier"] == "simdgroup"
     assert predicted["registers"] <= 256
     # What the kernel declares is what was predicted, in units of 256 bytes.

@@ -131,6 +131,8 @@ def _launch_lines(answer: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if launch := answer["launch"]:
         yield "kernel", launch["entry"]
         group = f"{_by(launch['group'])} threads, {launch['rows']} query rows each"
+        if launch["splits"] > 1:
+            group += f", keys split in {launch['splits']}"
         yield "grid", f"{_by(launch['threadgroups'])} threadgroups of {group}"
 
 

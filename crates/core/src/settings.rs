@@ -25,7 +25,7 @@ pub struct Variable {
 const KERNEL: Variable = Variable {
     name: "MTLFLASHATTN_KERNEL",
     default: "auto",
-    allowed: "auto, cpu, torch (or pytorch), tensorops (or v2r), tensorops-staged, simdgroup (or v1), scalar (or v0), \
+    allowed: "auto, cpu, torch (or pytorch), decode, tensorops (or v2r), tensorops-staged, simdgroup (or v1), scalar (or v0), \
               v2, v2_fp32, v2_bf16, v2_dtype (or v2_typed)",
     description: "Forces one tier; a call that it cannot serve is an error.",
 };
@@ -179,10 +179,11 @@ const V2_NAMES: [&str; 5] = ["v2", "v2_fp32", "v2_bf16", "v2_dtype", "v2_typed"]
 /// Names that also ask for an element type.
 const V2_DTYPES: [(&str, Dtype); 3] = [("v2", Dtype::F16), ("v2_fp32", Dtype::F32), ("v2_bf16", Dtype::Bf16)];
 
-const KERNEL_NAMES: [(&str, Tier); 10] = [
+const KERNEL_NAMES: [(&str, Tier); 11] = [
     ("cpu", Tier::Cpu),
     ("torch", Tier::Torch),
     ("pytorch", Tier::Torch),
+    ("decode", Tier::Decode),
     ("tensorops", Tier::Tensorops),
     ("v2r", Tier::Tensorops),
     ("tensorops-staged", Tier::TensoropsStaged),
@@ -549,6 +550,7 @@ mod tests {
             ("scalar", None, Tier::Scalar),
             ("v1", None, Tier::Simdgroup),
             ("simdgroup", None, Tier::Simdgroup),
+            ("decode", None, Tier::Decode),
             ("v2", None, Tier::Tensorops),
             ("v2", Some("auto"), Tier::Tensorops),
             ("v2", Some("1"), Tier::Tensorops),

@@ -5,6 +5,8 @@ use std::fmt;
 /// A way to compute a problem; see the tier table in `docs/architecture.md`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Tier {
+    /// 8x8 `simdgroup_matrix`, keys split over threadgroups, for a few queries.
+    Decode,
     /// `matmul2d`, P converted in registers.
     Tensorops,
     /// `matmul2d`, P through threadgroup memory.
@@ -21,14 +23,14 @@ pub enum Tier {
 
 impl Tier {
     /// Every tier, in the order in which `auto` tries them.
-    pub const ALL: [Self; 6] =
-        [Self::Tensorops, Self::TensoropsStaged, Self::Simdgroup, Self::Cpu, Self::Torch, Self::Scalar];
+    pub const ALL: [Self; 7] =
+        [Self::Decode, Self::Tensorops, Self::TensoropsStaged, Self::Simdgroup, Self::Cpu, Self::Torch, Self::Scalar];
 
     /// Whether the tier is a Metal kernel.
     #[must_use]
     pub const fn is_metal(self) -> bool {
         match self {
-            Self::Tensorops | Self::TensoropsStaged | Self::Simdgroup | Self::Scalar => true,
+            Self::Decode | Self::Tensorops | Self::TensoropsStaged | Self::Simdgroup | Self::Scalar => true,
             Self::Torch | Self::Cpu => false,
         }
     }
@@ -37,6 +39,7 @@ impl Tier {
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
+            Self::Decode => "decode",
             Self::Tensorops => "tensorops",
             Self::TensoropsStaged => "tensorops-staged",
             Self::Simdgroup => "simdgroup",

@@ -267,3 +267,18 @@ void add_block(Block block, int columns, Lane lane, Place place, constant Sizes&
         multiply_values<EDGE>(f, block, columns, lane, weights, rows);
     }
 }
+
+// Writes the columns of O that a lane has of row fragment r, times `factor`.
+template <typename Element>
+void store_columns(device Element* row, int r, float factor, int columns, Lane lane, thread Rows& rows) {
+#pragma clang loop unroll(full)
+    for (int v = 0; v < VALUE_FRAGMENTS; ++v) {
+#pragma clang loop unroll(full)
+        for (int e = 0; e < 2; ++e) {
+            const int column = value_dimension<VALUE_FRAGMENTS>(v, lane.column + e);
+            if (VALUE_WHOLE || column < columns) {
+                row[column] = Element(rows.out[r][v].thread_elements()[e] * factor);
+            }
+        }
+    }
+}

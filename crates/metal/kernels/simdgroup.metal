@@ -183,17 +183,7 @@ kernel void attention_simdgroup(
 #if DROPOUT
             normalizer *= factors.kept;
 #endif
-            device scalar* row = results + query * sizes.out.row;
-#pragma clang loop unroll(full)
-            for (int v = 0; v < VALUE_FRAGMENTS; ++v) {
-#pragma clang loop unroll(full)
-                for (int e = 0; e < 2; ++e) {
-                    const int column = value_dimension<VALUE_FRAGMENTS>(v, lane.column + e);
-                    if (VALUE_DIM % VALUE_CHUNK == 0 || column < columns) {
-                        row[column] = scalar(rows.out[r][v].thread_elements()[e] * normalizer);
-                    }
-                }
-            }
+            store_columns(results + query * sizes.out.row, r, normalizer, columns, lane, rows);
 #if LSE
             if (place.value_chunk == 0 && lane.column == 0) {
                 lse[place.batch * sizes.lse_batch + place.head * sizes.lse_head + place.query_start + query] =

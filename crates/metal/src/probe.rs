@@ -6,12 +6,15 @@
 //! alignments; rows, heads and sequences in either order of memory; broadcast and transposed biases; a sink that is none;
 //! a negative scale. What lies between and behind the rows of the tensors is NaN, and so is what was never written.
 
+mod append;
 mod backward;
+mod cached;
 mod cases;
 mod forward;
 
 use mtlflashattn_core::{Dtype, TensorMeta};
 
+pub use append::{SmallAppend, rotation_bound};
 pub use backward::SmallBackward;
 pub use forward::SmallProblem;
 

@@ -3,9 +3,9 @@
 use std::fmt::Write as _;
 
 use mtlflashattn_core::plan::occupancy::THREADGROUP_MEMORY;
-use mtlflashattn_core::plan::{FRAGMENT, Matmul, MetalTile, Operands, QueryHome, Weights};
+use mtlflashattn_core::plan::{FRAGMENT, Matmul, MetalTile, Operands, QueryHome, Weights, decode};
 use mtlflashattn_core::reference::bounds::Arithmetic;
-use mtlflashattn_core::{BiasKind, Dtype, Lengths, Problem, Strides, Tier};
+use mtlflashattn_core::{BiasKind, Cache, CacheLayout, Dtype, Lengths, Problem, Strides, Tier};
 
 /// The tile of the scalar kernel: 128 rows a threadgroup, and 64 columns of v in the registers or the stack of a thread.
 const SCALAR_TILE: MetalTile = MetalTile {
@@ -23,6 +23,10 @@ const SCALAR_TILE: MetalTile = MetalTile {
 pub struct Features {
     /// Sequences are packed and delimited by `cu_seqlens`.
     pub packed: bool,
+    /// Keys lie in a cache.
+    pub cached: bool,
+    /// The cache has pages.
+    pub paged: bool,
     /// Keys far before the diagonal are hidden.
     pub window_left: bool,
     /// Keys far behind the diagonal are hidden; causal attention is a right window of 0.
@@ -47,6 +51,8 @@ impl Features {
     /// Nothing.
     pub(crate) const NONE: Self = Self {
         packed: false,
+        cached: false,
+        paged: false,
         window_left: false,
         window_right: false,
         softcap: false,
@@ -63,6 +69,8 @@ impl Features {
     pub const fn of(problem: &Problem, lse: bool) -> Self {
         Self {
             packed: matches!(problem.lengths, Lengths::Packed { .. }),
+            cached: problem.cache.is_some(),
+            paged: matches!(problem.cache, Some(Cache { layout: CacheLayout::Pages { .. }, .. })),
             window_left: problem.mask.left.is_some(),
             window_right: problem.mask.right.is_some(),
             softcap: problem.softcap > 0.0,
@@ -83,7 +91,20 @@ impl Features {
     /// The names of those that are on.
     #[must_use]
     pub fn names(&self) -> Vec<&'static str> {
-        let Self { packed, window_left, window_right, softcap, alibi, bias, sinks, dropout, lse, aligned } = *self;
+        let Self {
+            packed,
+            cached,
+            paged,
+            window_left,
+            window_right,
+            softcap,
+            alibi,
+            bias,
+            sinks,
+            dropout,
+            lse,
+            aligned,
+        } = *self;
         let bias = bias.map(|kind| match kind {
             BiasKind::Boolean => "mask",
             BiasKind::Additive(Dtype::F32) => "float32 bias",
@@ -92,6 +113,8 @@ impl Features {
         });
         let switches = [
             (packed, "packed"),
+            (cached, "cached keys"),
+            (paged, "pages"),
             (window_left, "window on the left"),
             (window_right, "causal or window on the right"),
             (softcap, "softcap"),
@@ -155,12 +178,18 @@ impl Kernel {
         }
     }
 
+    /// The decode kernel for `problem` with a tile that [`fits`](Self::fits).
+    #[must_use]
+    pub const fn decode(problem: &Problem, tile: MetalTile, lse: bool) -> Self {
+        Self { tier: Tier::Decode, ..Self::simdgroup(problem, tile, lse) }
+    }
+
     /// This kernel for tensors whose first elements lie `starts` bytes (q, k, v) behind an address that is a multiple of
     /// 16: it reads four elements at once if every row of `problem` lets it.
     #[must_use]
     pub fn aligned(mut self, problem: &Problem, starts: [usize; 3]) -> Self {
         let rows = [problem.q, problem.k, problem.v];
-        let can = matches!(self.tier, Tier::Simdgroup | Tier::TensoropsStaged);
+        let can = matches!(self.tier, Tier::Decode | Tier::Simdgroup | Tier::TensoropsStaged);
         self.features.aligned = can && is_aligned(problem, &rows, &starts);
         self
     }
@@ -176,6 +205,7 @@ impl Kernel {
     #[must_use]
     pub const fn entry(&self) -> &'static str {
         match self.tier {
+            Tier::Decode => "attention_decode",
             Tier::Simdgroup => "attention_simdgroup",
             Tier::Tensorops | Tier::TensoropsStaged => "attention_tensorops",
             _ => "attention_scalar",
@@ -196,6 +226,15 @@ impl Kernel {
         text.push_str(&self.defines());
         text.push_str(include_str!("../kernels/common.metal"));
         text.push_str(match self.tier {
+            Tier::Decode => {
+                concat!(
+                    include_str!("../kernels/cache.metal"),
+                    include_str!("../kernels/splits.metal"),
+                    include_str!("../kernels/fragments.metal"),
+                    include_str!("../kernels/rows.metal"),
+                    include_str!("../kernels/decode.metal")
+                )
+            }
             Tier::Simdgroup => {
                 concat!(
                     include_str!("../kernels/fragments.metal"),
@@ -239,10 +278,11 @@ impl Kernel {
         text
     }
 
-    /// Query rows of a threadgroup.
+    /// Query rows of a threadgroup; of [`Tier::Decode`] queries and heads of a group together.
     #[must_use]
     pub const fn rows(&self) -> usize {
         match self.tier {
+            Tier::Decode => decode::group_rows(&self.tile),
             Tier::Simdgroup | Tier::Tensorops | Tier::TensoropsStaged => self.tile.rows(),
             _ => self.tile.threads(),
         }
@@ -252,6 +292,7 @@ impl Kernel {
     #[must_use]
     pub const fn arithmetic(&self) -> Arithmetic {
         match self.tier {
+            Tier::Decode => Arithmetic::decode(self.dtype),
             Tier::Simdgroup => Arithmetic::metal(self.dtype),
             Tier::Tensorops | Tier::TensoropsStaged => {
                 Arithmetic::matmul2d(self.dtype, matches!(self.matmul, Some(Matmul { relaxed: true, .. })))
@@ -271,6 +312,9 @@ impl Kernel {
     pub const fn threadgroup_bytes(&self) -> usize {
         match (self.matmul, self.head_dim) {
             (Some(matmul), Some(head_dim)) => matmul.threadgroup_bytes(&self.tile, self.dtype, head_dim),
+            (None, Some(head_dim)) if matches!(self.tier, Tier::Decode) => {
+                decode::threadgroup_bytes(&self.tile, self.dtype, head_dim)
+            }
             (None, Some(head_dim)) => self.tile.threadgroup_bytes(self.dtype, head_dim),
             (_, None) => 0,
         }
@@ -285,6 +329,7 @@ impl Kernel {
         }
         let MetalTile { simdgroups, row_fragments, keys, value_chunk, .. } = self.tile;
         (1..=32).contains(&simdgroups)
+            && (self.tier != Tier::Decode || self.tile.staged || simdgroups.is_power_of_two())
             && row_fragments >= 1
             && keys >= FRAGMENT
             && keys.is_multiple_of(FRAGMENT)
@@ -304,12 +349,16 @@ pub(crate) fn is_aligned(problem: &Problem, rows: &[Strides], starts: &[usize]) 
 
 /// Definitions of what a kernel's problem has.
 pub(crate) fn feature_defines(features: &Features) -> String {
-    let Features { packed, window_left, window_right, softcap, alibi, bias, sinks, dropout, lse, .. } = *features;
+    let Features {
+        packed, cached, paged, window_left, window_right, softcap, alibi, bias, sinks, dropout, lse, ..
+    } = *features;
     let bias_is = |kind| bias == Some(kind);
     let mut text = String::new();
     let mut define = |name: &str, value: usize| writeln!(text, "#define {name} {value}").expect("writes to a string");
     for (name, on) in [
         ("PACKED", packed),
+        ("CACHED", cached),
+        ("PAGED", paged),
         ("WINDOW_LEFT", window_left),
         ("WINDOW_RIGHT", window_right),
         ("SOFTCAP", softcap),

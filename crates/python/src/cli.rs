@@ -8,7 +8,7 @@ use mtlflashattn_core::{
     self as core, BiasKind, Device, Dtype, Lengths, MetalTile, Options, Planner, Problem, Settings, Strides,
     TensorMeta, Tier, settings,
 };
-use mtlflashattn_metal::{Kernel, Launch, LseStrides, Outputs};
+use mtlflashattn_metal::{DecodeLaunch, Kernel, Launch, LseStrides, Outputs};
 use pyo3::prelude::*;
 
 use crate::error::{Result, guard};
@@ -282,11 +282,13 @@ struct LaunchAnswer {
     threadgroups: [u32; 3],
     group: [u32; 3],
     rows: usize,
+    /// Parts that the keys of each sequence are split into.
+    splits: usize,
     threadgroup_bytes: usize,
 }
 
 impl LaunchAnswer {
-    fn new(kernel: &Kernel, problem: &Problem) -> Result<Self> {
+    fn new(kernel: &Kernel, problem: &Problem, splits: usize) -> Result<Self> {
         let sizes = [problem.lengths.max_query_len(), problem.query_heads, problem.value_dim];
         let [_, heads, dim] = sizes.map(|size| size as i64);
         let rows = match problem.lengths {
@@ -295,16 +297,22 @@ impl LaunchAnswer {
         };
         let out = Strides { batch: rows as i64 * heads * dim, row: heads * dim, head: dim };
         let outputs = Outputs { out, lse: kernel.features.lse.then(|| LseStrides::contiguous(problem)) };
-        let launch = Launch::new(problem, kernel, &outputs).map_err(|error| core::Error::Unsupported {
+        let grid = if kernel.tier == Tier::Decode {
+            DecodeLaunch::new(problem, kernel, &outputs, splits).map(|launch| launch.grid)
+        } else {
+            Launch::new(problem, kernel, &outputs).map(|launch| launch.grid)
+        };
+        let grid = grid.map_err(|error| core::Error::Unsupported {
             argument: "--q",
             got: error.to_string(),
             instead: "ask about smaller shapes".into(),
         })?;
         Ok(Self {
             entry: kernel.entry(),
-            threadgroups: launch.grid.threadgroups,
-            group: launch.grid.group,
+            threadgroups: grid.threadgroups,
+            group: grid.group,
             rows: kernel.rows(),
+            splits,
             threadgroup_bytes: kernel.threadgroup_bytes(),
         })
     }
@@ -403,7 +411,7 @@ pub fn _plan_elsewhere(py: Python<'_>, question: Question) -> PyResult<PlanAnswe
         let kernel = kernel_of(&plan, &problem, question.lse).map(|kernel| kernel.aligned(&problem, [0; 3]));
         let passed_over = planner.passed_over(&problem, &plan);
         // The model of registers is that of the simdgroup kernel.
-        let why = plan.metal.filter(|_| plan.matmul.is_none()).and_then(|tile| explain(&problem, &gpu, &tile));
+        let why = plan.metal.filter(|_| plan.tier == Tier::Simdgroup).and_then(|tile| explain(&problem, &gpu, &tile));
         let choice = planner.tile_choice(&problem, plan.tier);
         // What was measured or asked for was not decided against its rivals by criteria.
         let by_criteria = choice.as_ref().is_some_and(|choice| choice.source == TileSource::Default);
@@ -412,7 +420,7 @@ pub fn _plan_elsewhere(py: Python<'_>, question: Question) -> PyResult<PlanAnswe
             gpu: GpuAnswer::new(&gpu),
             tier: plan.tier.name(),
             tile: choice.map(|choice| TileAnswer::new(choice, &problem)),
-            launch: kernel.map(|kernel| LaunchAnswer::new(&kernel, &problem)).transpose()?,
+            launch: kernel.map(|kernel| LaunchAnswer::new(&kernel, &problem, plan.splits)).transpose()?,
             predicted: why.map(|why| Prediction::new(&why, &gpu)),
             passed_over: passed_over
                 .into_iter()
@@ -445,7 +453,7 @@ pub fn kernel_named(name: &str) -> core::Result<(settings::Kernel, Tier)> {
         _ => Err(value_error(
             "--tier",
             format!("{name:?}"),
-            "tensorops (or v2r), tensorops-staged, simdgroup (or v1), scalar (or v0)",
+            "decode, tensorops (or v2r), tensorops-staged, simdgroup (or v1), scalar (or v0)",
         )),
     }
 }
@@ -475,7 +483,7 @@ pub fn _kernel_text(py: Python<'_>, question: Question) -> PyResult<MslAnswer> {
             gpu: GpuAnswer::new(&gpu),
             tier: tier.name(),
             tile: planner.tile_choice(&problem, tier).map(|choice| TileAnswer::new(choice, &problem)),
-            launch: LaunchAnswer::new(&kernel, &problem)?,
+            launch: LaunchAnswer::new(&kernel, &problem, plan.splits)?,
             source: kernel.source(),
         })
     })

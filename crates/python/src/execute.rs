@@ -13,7 +13,7 @@ use pyo3::types::PyDict;
 use crate::call::{Described, Numbers, Slot, Tensors, describe};
 use crate::error::{Error, Result};
 use crate::form::{Form, HeadAxis, OutLayout, Packing};
-use crate::metal::{Fault, MetalDevice, Operand, Operands, Work};
+use crate::metal::{Attention, CacheOperands, Fault, MetalDevice, Operand, Operands, Work};
 use crate::settings::Resolved;
 use crate::tensor::{Place, View};
 use crate::torch::Torch;
@@ -178,7 +178,9 @@ fn execute_on_metal<'py>(
             none => none.insert(self::operands(call, &results)?),
         };
         let kernel = kernel.aligned(problem, device.starts([&operands.q, &operands.k, &operands.v])?);
-        match device.attend(py, problem, &kernel, operands, settings) {
+        let attention =
+            Attention { problem, kernel: &kernel, splits: plan.splits, operands, cache: &CacheOperands::NONE };
+        match device.attend(py, &attention, settings) {
             Ok(()) => break,
             Err(Fault::Raised(error)) => return Err(error),
             Err(fault) => {

@@ -7,7 +7,9 @@ use std::sync::{Mutex, PoisonError};
 use mtlflashattn_cache::Machine;
 use mtlflashattn_core::plan::Gpu;
 use mtlflashattn_core::{Plan, Problem, Settings, Strides, Tier};
-use mtlflashattn_metal::{Device, DeviceError, Kernel, Launch, LseStrides, Outputs, Tensors as LaunchTensors};
+use mtlflashattn_metal::{
+    CacheTensors, Device, DeviceError, Kernel, Launch, LseStrides, Outputs, Tensors as LaunchTensors,
+};
 use pyo3::exceptions::PyRuntimeWarning;
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -19,7 +21,7 @@ use crate::simulated::Simulated;
 use crate::tensor::View;
 use crate::variant::AnyKernel;
 use crate::verdicts::{Known, Verdicts};
-use crate::{first_use, gpu};
+use crate::{decode, first_use, gpu};
 
 /// Which device computes by Metal kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,17 +48,10 @@ impl MetalDevice {
     }
 
     /// [`attend`] on this device.
-    pub fn attend<'py>(
-        self,
-        py: Python<'py>,
-        problem: &Problem,
-        kernel: &Kernel,
-        operands: &Operands<'py>,
-        settings: &Settings,
-    ) -> Result<(), Fault> {
+    pub fn attend<'py>(self, py: Python<'py>, call: &Attention<'_, 'py>, settings: &Settings) -> Result<(), Fault> {
         match self {
-            Self::Mps => attend(&Mps::new(py), problem, kernel, operands, settings),
-            Self::Simulator => attend(&Simulated::new(py), problem, kernel, operands, settings),
+            Self::Mps => attend(&Mps::new(py), call, settings),
+            Self::Simulator => attend(&Simulated::new(py), call, settings),
         }
     }
 
@@ -168,6 +163,21 @@ pub struct Operand<'py> {
 /// The tensors of a call.
 pub type Operands<'py> = LaunchTensors<Operand<'py>>;
 
+/// The buffers of a cache that a kernel reads.
+pub type CacheOperands<'py> = CacheTensors<Operand<'py>>;
+
+/// One call of a kernel.
+#[derive(Clone, Copy)]
+pub struct Attention<'a, 'py> {
+    pub problem: &'a Problem,
+    pub kernel: &'a Kernel,
+    /// [`Plan::splits`].
+    pub splits: usize,
+    pub operands: &'a Operands<'py>,
+    /// Those of the problem's cache, if it has one.
+    pub cache: &'a CacheOperands<'py>,
+}
+
 /// Why a tier did not serve a call that was planned for it.
 pub enum Fault {
     /// The device refuses the kernel, now and later.
@@ -224,6 +234,7 @@ impl From<Error> for Fault {
 pub fn kernel_of(plan: &Plan, problem: &Problem, want_lse: bool) -> Option<Kernel> {
     match (plan.tier, plan.metal, plan.matmul) {
         (Tier::Scalar, ..) => Some(Kernel::scalar(problem, want_lse)),
+        (Tier::Decode, Some(tile), _) => Some(Kernel::decode(problem, tile, want_lse)),
         (Tier::Simdgroup, Some(tile), _) => Some(Kernel::simdgroup(problem, tile, want_lse)),
         (Tier::Tensorops | Tier::TensoropsStaged, Some(tile), Some(matmul)) => {
             Some(Kernel::tensorops(problem, tile, matmul, want_lse))
@@ -251,17 +262,11 @@ pub fn refusal(
     Ok(None)
 }
 
-/// Computes `problem` by `kernel`. Nothing is copied and nothing is waited for, but at the first use of a kernel, which
+/// Computes what `call` asks for. Nothing is copied and nothing is waited for, but at the first use of a kernel, which
 /// proves itself as `settings` ask for.
-pub fn attend<'py, H: Home<'py>>(
-    home: &H,
-    problem: &Problem,
-    kernel: &Kernel,
-    operands: &Operands<'py>,
-    settings: &Settings,
-) -> Result<(), Fault> {
-    serve(home, AnyKernel::Forward(*kernel), &operands.q.object, settings, |pipeline| {
-        dispatch(home, problem, kernel, pipeline, operands)
+pub fn attend<'py, H: Home<'py>>(home: &H, call: &Attention<'_, 'py>, settings: &Settings) -> Result<(), Fault> {
+    serve(home, AnyKernel::Forward(*call.kernel), &call.operands.q.object, settings, |pipeline| {
+        dispatch(home, call, pipeline)
     })
 }
 
@@ -289,18 +294,20 @@ pub fn serve<'py, H: Home<'py>>(
     })
 }
 
-/// Launches `kernel`.
+/// Launches the kernel of `call`.
 pub fn dispatch<'py, H: Home<'py>>(
     home: &H,
-    problem: &Problem,
-    kernel: &Kernel,
+    call: &Attention<'_, 'py>,
     pipeline: &H::Pipeline,
-    operands: &Operands<'py>,
 ) -> Result<(), Objection> {
+    let Attention { problem, kernel, operands, .. } = *call;
     let outputs = Outputs {
         out: Strides::of(&operands.out.view.meta(problem.dtype)),
         lse: operands.lse.is_some().then(|| LseStrides::contiguous(problem)),
     };
+    if kernel.tier == Tier::Decode {
+        return decode::dispatch(home, call, &outputs, pipeline);
+    }
     let launch =
         Launch::new(problem, kernel, &outputs).map_err(|error| Objection::Other(Fault::Failed(error.to_string())))?;
     if launch.is_empty() {

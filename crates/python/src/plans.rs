@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 
 use mtlflashattn_core::plan::{Gpu, TunedTiles, Wanted, has_plain_rows};
 use mtlflashattn_core::{
-    self as core, BackwardPlan, BiasKind, Device, Dtype, Lengths, Mask, Plan, Planner, Problem, Settings,
+    self as core, BackwardPlan, BiasKind, CacheLayout, Device, Dtype, Lengths, Mask, Plan, Planner, Problem, Settings,
 };
 
 /// Most plans that are kept; lengths that never come again must not fill the memory.
@@ -23,6 +23,8 @@ struct Key {
     heads: [usize; 2],
     dims: [usize; 2],
     plain_rows: bool,
+    /// Whether keys lie in a cache, and whether that has pages.
+    paged: Option<bool>,
     mask: Mask,
     bias: Option<BiasKind>,
     softcap: bool,
@@ -41,6 +43,7 @@ impl Key {
             heads: [query_heads, key_heads],
             dims: [head_dim, value_dim],
             plain_rows: has_plain_rows(problem),
+            paged: problem.cache.map(|cache| matches!(cache.layout, CacheLayout::Pages { .. })),
             mask,
             bias: problem.bias.map(|bias| bias.kind),
             softcap: softcap > 0.0,

@@ -1,14 +1,15 @@
 //! Runs the small problems of a kernel on a device, with torch tensors.
 
-use mtlflashattn_metal::probe::{Element, Memory, SmallBackward, SmallProblem};
-use mtlflashattn_metal::{BackwardKernel, Kernel};
+use mtlflashattn_metal::probe::{Element, Memory, SmallAppend, SmallBackward, SmallProblem};
+use mtlflashattn_metal::{AppendKernel, BackwardKernel, Kernel};
 use pyo3::exceptions::PyException;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
+use crate::append;
 use crate::differentiate;
 use crate::execute::unreadable;
-use crate::metal::{Fault, Home, Objection, Operand, dispatch};
+use crate::metal::{Attention, Fault, Home, Objection, Operand, dispatch};
 use crate::tensor::View;
 use crate::torch::Torch;
 use crate::variant::AnyKernel;
@@ -24,6 +25,9 @@ pub fn check<'py, H: Home<'py>>(
     match kernel {
         AnyKernel::Forward(kernel) => check_forward(home, kernel, pipeline, like),
         AnyKernel::Backward(kernel) => check_backward(home, kernel, pipeline, like),
+        AnyKernel::Append(kernel) => check_append(home, *kernel, pipeline, like),
+        // Whoever proves the kernel whose results it merges proves both.
+        AnyKernel::Merge(_) => Ok(0),
     }
 }
 
@@ -37,13 +41,16 @@ fn check_forward<'py, H: Home<'py>>(
     let mut runs = Vec::with_capacity(problems.len());
     for small in &problems {
         let operands = small.tensors.try_map(|memory| operand(memory, like));
-        runs.push((small, operands.map_err(|error| unavailable(like.py(), error))?));
+        let cache = small.cache.try_map(|memory| operand(memory, like));
+        let available = |error| unavailable(like.py(), error);
+        runs.push((small, operands.map_err(available)?, cache.map_err(available)?));
     }
     // Nothing but launches from here on: whoever copies to the GPU may be told what went wrong there.
-    for (small, operands) in &runs {
-        dispatch(home, &small.problem, kernel, pipeline, operands)?;
+    for (small, operands, cache) in &runs {
+        let SmallProblem { problem, splits, .. } = small;
+        dispatch(home, &Attention { problem, kernel, splits: *splits, operands, cache }, pipeline)?;
     }
-    for (small, operands) in &runs {
+    for (small, operands, _) in &runs {
         let lse = operands.lse.as_ref().zip(small.tensors.lse.as_ref());
         let pairs = [(&operands.out, &small.tensors.out)].into_iter().chain(lse);
         judge(like.py(), pairs, |results| small.judge(&results[0], results.get(1).map(Vec::as_slice)))?;
@@ -68,6 +75,28 @@ fn check_backward<'py, H: Home<'py>>(
     }
     for (small, operands) in &runs {
         let pairs = operands.written(kernel.pass).into_iter().zip(small.tensors.written(kernel.pass));
+        judge(like.py(), pairs, |results| small.judge(results))?;
+    }
+    Ok(runs.len() as u32)
+}
+
+fn check_append<'py, H: Home<'py>>(
+    home: &H,
+    kernel: AppendKernel,
+    pipeline: &H::Pipeline,
+    like: &Bound<'py, PyAny>,
+) -> Result<u32, Objection> {
+    let problems = SmallAppend::all(&kernel).map_err(no_problem)?;
+    let mut runs = Vec::with_capacity(problems.len());
+    for small in &problems {
+        let operands = small.tensors.try_map(|memory| operand(memory, like));
+        runs.push((small, operands.map_err(|error| unavailable(like.py(), error))?));
+    }
+    for (small, operands) in &runs {
+        append::dispatch(home, &small.problem, &small.append, pipeline, operands)?;
+    }
+    for (small, operands) in &runs {
+        let pairs = operands.written().into_iter().zip(small.tensors.written());
         judge(like.py(), pairs, |results| small.judge(results))?;
     }
     Ok(runs.len() as u32)

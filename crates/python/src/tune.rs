@@ -123,6 +123,7 @@ pub fn _count_tile(py: Python<'_>, question: Question, tile: String) -> PyResult
         let refused = |reason: core::plan::Reason| unsupported("--tile", reason.to_string(), "choose another");
         let plan = planner.serve(&problem, tier).map_err(refused)?;
         let kernel = kernel_of(&plan, &problem, false);
+        let kernel = kernel.filter(|kernel| kernel.tier != core::Tier::Decode);
         let kernel = kernel.ok_or_else(|| unsupported("--tier", format!("tuning {tier}"), "choose another"))?;
         let counters = py.detach(|| count(&problem, &kernel));
         let failed = |error: DeviceError| unsupported("--tile", format!("{tile}: {error}"), "choose another");

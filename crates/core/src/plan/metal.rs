@@ -14,15 +14,15 @@ pub const MAX_LEN: usize = 1 << 29;
 /// What a GPU generation prefers. None of it was measured by this project: the values make the planner choose the tiles
 /// that published kernels ship (docs/planner.md has the sources).
 #[derive(Clone, Copy, Debug)]
-struct Preference {
+pub(super) struct Preference {
     /// Most 16-bit registers that leave enough threads on a core to hide loads.
-    most_halves: usize,
+    pub(super) most_halves: usize,
     /// What a byte from device memory costs, in bytes from threadgroup memory.
     device_cost: usize,
 }
 
 impl Preference {
-    const fn of(gpu: &Gpu) -> Self {
+    pub(super) const fn of(gpu: &Gpu) -> Self {
         if gpu.has_dynamic_caching() {
             // One pool holds registers, threadgroup memory and cache: staging would move each byte twice.
             Self { most_halves: 232, device_cost: 1 }
@@ -44,9 +44,9 @@ const SIMDGROUPS: [usize; 4] = [4, 8, 2, 1];
 /// Row fragments of a simdgroup.
 const ROW_FRAGMENTS: [usize; 2] = [1, 2];
 /// Keys of a block.
-const KEYS: [usize; 3] = [32, 16, 8];
+pub(super) const KEYS: [usize; 3] = [32, 16, 8];
 /// Numbers of passes to try, until one has a tile that is not near a spill.
-const PASSES: [usize; 10] = [1, 2, 3, 4, 5, 6, 8, 12, 16, 32];
+pub(super) const PASSES: [usize; 10] = [1, 2, 3, 4, 5, 6, 8, 12, 16, 32];
 
 /// The judgement on a tile; the order of the fields is the order of their weight, and less is better.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -200,7 +200,7 @@ pub(super) fn objection(problem: &Problem, gpu: &Gpu, default: &MetalTile, tile:
 
 /// The refusal that is closer to a tile that runs. Only registers can refuse all tiles: small direct ones need no
 /// threadgroup memory and few threads.
-fn lesser(left: Refusal, right: Refusal) -> Refusal {
+pub(super) fn lesser(left: Refusal, right: Refusal) -> Refusal {
     match (left, right) {
         (Refusal::Spills { halves: a }, Refusal::Spills { halves: b }) if b < a => right,
         _ => left,

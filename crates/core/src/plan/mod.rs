@@ -3,6 +3,7 @@
 mod backward;
 mod backward_tile;
 mod cpu;
+pub mod decode;
 mod gpu;
 mod matmul;
 mod metal;
@@ -50,8 +51,10 @@ pub struct Plan {
     pub tier: Tier,
     /// Its tile when it is [`Tier::Cpu`].
     pub cpu: Option<CpuTile>,
-    /// Its tile when it is [`Tier::Simdgroup`] or one of the tensorops tiers.
+    /// Its tile when it is [`Tier::Decode`], [`Tier::Simdgroup`] or one of the tensorops tiers.
     pub metal: Option<MetalTile>,
+    /// Into how many parts the keys of each sequence are split, for [`Tier::Decode`]; 1 for others.
+    pub splits: usize,
     /// How its products are made when it is one of the tensorops tiers.
     pub matmul: Option<Matmul>,
 }
@@ -60,7 +63,7 @@ impl Plan {
     /// The plan of a tier that has no tile.
     #[must_use]
     pub const fn of(tier: Tier) -> Self {
-        Self { tier, cpu: None, metal: None, matmul: None }
+        Self { tier, cpu: None, metal: None, splits: 1, matmul: None }
     }
 
     fn with(self, Candidate { tile, matmul }: Candidate) -> Self {
@@ -188,6 +191,15 @@ impl<'a> Planner<'a> {
                 }
                 Ok(plan.with(self.choose_tile(problem, tier, &gpu)?.candidate))
             }
+            Tier::Decode => {
+                let forced = self.settings.kernel.tier() == Some(tier);
+                if let Some(reason) = decode::refuses(problem, &gpu, forced) {
+                    return Err(reason);
+                }
+                let candidate = self.choose_tile(problem, tier, &gpu)?.candidate;
+                let splits = decode::splits(problem, &candidate.tile, gpu.cores);
+                Ok(Plan { splits, ..plan.with(candidate) })
+            }
             Tier::Simdgroup => Ok(plan.with(self.choose_tile(problem, tier, &gpu)?.candidate)),
             Tier::Scalar | Tier::Torch | Tier::Cpu => Ok(plan),
         }
@@ -215,9 +227,9 @@ impl<'a> Planner<'a> {
     }
 
     fn tiles(&self, problem: &Problem, tier: Tier, gpu: &Gpu) -> std::result::Result<Vec<Candidate>, Reason> {
-        if tier == Tier::Simdgroup {
+        if let Tier::Decode | Tier::Simdgroup = tier {
             let Problem { head_dim, value_dim, dtype, .. } = *problem;
-            let tiles = candidates(problem, gpu);
+            let tiles = if tier == Tier::Decode { decode::candidates(problem, gpu) } else { candidates(problem, gpu) };
             let tiles = tiles.map_err(|refusal| Reason::NoTile { head_dim, value_dim, dtype, refusal })?;
             return Ok(tiles.into_iter().map(|tile| Candidate { tile, matmul: None }).collect());
         }
@@ -231,7 +243,7 @@ impl<'a> Planner<'a> {
         let tiles = self.tiles(problem, tier, gpu)?;
         let objection = |tuned: &Candidate| match tier {
             Tier::Simdgroup => metal::objection(problem, gpu, &tiles[0].tile, &tuned.tile),
-            // The tensorops tiers have no candidates that do not suit the sizes.
+            // The other tiers have no candidates that do not suit the sizes.
             _ => None,
         };
         TileChoice::new(&tiles, wanted, tuned, objection).map_err(|offered| Reason::NoSuchTile {

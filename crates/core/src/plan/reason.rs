@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::decode::{FEWEST_KEYS, MOST_QUERIES};
 use super::gpu::Missing;
 use super::metal::MAX_LEN;
 use super::occupancy::THREADGROUP_MEMORY;
@@ -35,6 +36,12 @@ pub enum Reason {
     },
     /// `MTLFLASHATTN_V2_PREUSE` is off.
     WithoutPreuse,
+    /// More queries than the decode kernel takes.
+    ManyQueries,
+    /// Too few keys for the decode kernel to gain anything.
+    FewKeys,
+    /// So many rows share a key head that matrix units are faster; the most for which it is preferred.
+    ManyRows(usize),
     /// No block of K and V fits in threadgroup memory.
     NoMatmulTile {
         /// Columns of Q and K.
@@ -70,6 +77,8 @@ pub enum Reason {
     TooLong(usize),
     /// The tier failed on this machine.
     Demoted(String),
+    /// The tier drops no weights.
+    NoDropout,
     /// The tier reads no keys in a cache.
     NoCache,
     /// The tier computes no gradients.
@@ -117,6 +126,11 @@ impl fmt::Display for Reason {
                 write!(f, "{longest} rows, and MTLFLASHATTN_V2_FP32_MIN_SEQ keeps it for float32 calls from {least} on")
             }
             Self::WithoutPreuse => f.write_str("MTLFLASHATTN_V2_PREUSE is off"),
+            Self::ManyQueries => write!(f, "serves up to {MOST_QUERIES} queries of a sequence"),
+            Self::FewKeys => write!(f, "gains nothing with fewer than {FEWEST_KEYS} keys"),
+            Self::ManyRows(most) => {
+                write!(f, "more than {most} rows share a key head, and matrix units are expected to be faster")
+            }
             Self::NoMatmulTile { head_dim, value_dim, dtype, bytes } => {
                 let dims = if head_dim == value_dim { String::new() } else { format!("/{value_dim}") };
                 write!(
@@ -137,6 +151,7 @@ impl fmt::Display for Reason {
                 write!(f, "a length or head dimension of {len}, and Metal kernels take at most {MAX_LEN}")
             }
             Self::Demoted(failure) => write!(f, "failed here: {failure}"),
+            Self::NoDropout => f.write_str("knows no dropout"),
             Self::NoCache => f.write_str("reads no keys in a cache"),
             Self::NoBackward => f.write_str("has no backward pass"),
             Self::NoBackwardTile { head_dim, value_dim, dtype } => {

@@ -44,6 +44,7 @@ fn auto_takes_the_engine_for_cpu_tensors_and_torch_elsewhere() {
     assert_eq!(
         planner.passed_over(&prefill(), &plan),
         [
+            (Tier::Decode, Reason::NeedsMetal),
             (Tier::Tensorops, Reason::NeedsMetal),
             (Tier::TensoropsStaged, Reason::NeedsMetal),
             (Tier::Simdgroup, Reason::NeedsMetal),
@@ -54,7 +55,7 @@ fn auto_takes_the_engine_for_cpu_tensors_and_torch_elsewhere() {
     let planner = Planner { device: Device::Torch, ..planner };
     let plan = planner.plan(&prefill()).unwrap();
     assert_eq!(plan, Plan::of(Tier::Torch));
-    assert_eq!(planner.passed_over(&prefill(), &plan)[3], (Tier::Cpu, Reason::NeedsCpu));
+    assert_eq!(planner.passed_over(&prefill(), &plan)[4], (Tier::Cpu, Reason::NeedsCpu));
 }
 
 #[test]
@@ -260,6 +261,7 @@ fn auto_on_metal_is_simdgroup_and_says_why_not_better() {
     assert_eq!(
         reasons,
         [
+            text(Tier::Decode, "serves up to 32 queries of a sequence"),
             text(Tier::Tensorops, "needs an M5 or later; this is Apple M1"),
             text(Tier::TensoropsStaged, "needs an M5 or later; this is Apple M1"),
             text(Tier::Cpu, "needs CPU tensors"),
@@ -291,7 +293,7 @@ fn tensorops_tile(problem: &Problem, tier: Tier, settings: &Settings) -> (MetalT
 fn an_m5_takes_tensorops_and_reads_keys_where_they_lie() {
     let (plan, reasons) = auto_on(M5, &half(64, [1024, 1024]), Demotions::NONE);
     assert_eq!(plan.tier, Tier::Tensorops);
-    assert_eq!(reasons[0].1, "tensorops comes before it and serves this call");
+    assert_eq!(reasons[1].1, "tensorops comes before it and serves this call");
     for (dim, chunk, simdgroups) in [(64, 64, 4), (80, 80, 4), (96, 96, 4), (128, 128, 4), (192, 96, 4), (256, 128, 2)]
     {
         let (tile, matmul) = tensorops_tile(&half(dim, [1024, 1024]), Tier::Tensorops, &Settings::DEFAULT);
@@ -355,14 +357,14 @@ fn the_variables_of_v2_keep_their_meaning() {
         let planner = planner(Device::Metal(M5), settings);
         let plan = planner.plan(problem).unwrap();
         let reasons = planner.passed_over(problem, &plan);
-        (plan.tier, reasons.into_iter().map(|(_, reason)| reason.to_string()).next().unwrap())
+        (plan.tier, reasons.into_iter().map(|(_, reason)| reason.to_string()).nth(1).unwrap())
     };
     // float32 from 2048 rows on, of queries or keys.
     let default = Settings::DEFAULT;
     let (tier, reason) = auto(&default, &contiguous(64, [2047, 2047]));
     assert_eq!(tier, Tier::Simdgroup);
     assert_eq!(reason, "2047 rows, and MTLFLASHATTN_V2_FP32_MIN_SEQ keeps it for float32 calls from 2048 on");
-    assert_eq!(auto(&default, &contiguous(64, [16, 2048])).0, Tier::Tensorops);
+    assert_eq!(auto(&default, &contiguous(64, [33, 2048])).0, Tier::Tensorops);
     assert_eq!(auto(&default, &contiguous(64, [2048, 16])).0, Tier::Tensorops);
     assert_eq!(auto(&default, &half(64, [16, 16])).0, Tier::Tensorops);
     let always = set(&[("MTLFLASHATTN_V2_FP32_MIN_SEQ", "0")]);
@@ -434,7 +436,7 @@ fn a_demoted_tier_makes_room_for_the_next() {
     assert!(!demotions.demote(Tier::Torch, "never"));
     let (plan, reasons) = auto_on(M1, &prefill(), &demotions);
     assert_eq!(plan, Plan::of(Tier::Torch));
-    assert_eq!(reasons[2], (Tier::Simdgroup, "failed here: the compiler refused it".to_owned()));
+    assert_eq!(reasons[3], (Tier::Simdgroup, "failed here: the compiler refused it".to_owned()));
     let settings = forced("v1");
     let planner = Planner { demotions: &demotions, ..planner(Device::Metal(M1), &settings) };
     let error = planner.plan(&prefill()).unwrap_err().to_string();

@@ -45,6 +45,10 @@
 //!   times `sum p_j |v_j|` to the output and nothing to the LSE, and in float16 half the smallest number for each key,
 //!   relative to a largest weight of at least 1. Subnormal float16 numbers are assumed to be kept.
 //!
+//! The decode kernel ([`Arithmetic::decode`]) sums keys in parts and brings these under one maximum at the end. The
+//! exponents of a weight still telescope: they fall to the maximum of its part and rise from there. Bringing two parts
+//! together multiplies by `exp2` once more, at most [`MERGES`] times, and takes two more roundings each time.
+//!
 //! The tensorops kernels ([`Arithmetic::matmul2d`]) are Metal kernels in this sense: `matmul2d` accumulates in float32, and
 //! weights are float32 operands of which at least the significant bits of v's type count. With TF32, operands in float32
 //! keep 11 significant bits: a relative error of up to `c = 2^-10` each, so that `(2 c + c^2) A` is added to the error of
@@ -83,6 +87,10 @@ const TF32: f64 = 1.0 / (1u64 << 10) as f64;
 /// How far the running maximum of a Metal kernel lags behind the true one, in units of log2.
 const LAG: f64 = 8.0;
 
+/// How often the decode kernel brings parts of a row together: simdgroups of a threadgroup by halves (up to 32 of them),
+/// and splits.
+const MERGES: usize = 6;
+
 /// What a tier's arithmetic may do.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Arithmetic {
@@ -94,6 +102,8 @@ pub struct Arithmetic {
     weights: Dtype,
     /// Relative error of each operand of a product, beside the rounding of weights.
     operands: f64,
+    /// How often parts of a row are brought under one maximum.
+    merges: usize,
     /// Whether the maximum lags, so that rescalings are counted by distance rather than by keys.
     lags: bool,
 }
@@ -101,12 +111,18 @@ pub struct Arithmetic {
 impl Arithmetic {
     /// Float32 throughout: the CPU engine.
     pub const FLOAT32: Self =
-        Self { exp2: ELEMENTARY, exp2_growth: 0.0, weights: Dtype::F32, operands: 0.0, lags: false };
+        Self { exp2: ELEMENTARY, exp2_growth: 0.0, weights: Dtype::F32, operands: 0.0, merges: 0, lags: false };
 
     /// A Metal kernel that rounds weights to `weights`.
     #[must_use]
     pub const fn metal(weights: Dtype) -> Self {
-        Self { exp2: 6.0 * UNIT, exp2_growth: 4.0 * UNIT, weights, operands: 0.0, lags: true }
+        Self { exp2: 6.0 * UNIT, exp2_growth: 4.0 * UNIT, weights, operands: 0.0, merges: 0, lags: true }
+    }
+
+    /// The decode kernel, which rounds weights to `weights`.
+    #[must_use]
+    pub const fn decode(weights: Dtype) -> Self {
+        Self { merges: MERGES, ..Self::metal(weights) }
     }
 
     /// A tensorops kernel for inputs of type `dtype`; `relaxed` says whether float32 operands may lose bits.
@@ -125,7 +141,7 @@ impl Arithmetic {
     fn weight_error(&self, distance: f64, keys: usize) -> f64 {
         if self.lags {
             let exponents = distance + 2.0 * LAG;
-            self.exp2 * (2.0 + distance / LAG) + (self.exp2_growth + UNIT) * exponents
+            self.exp2 * (2.0 + self.merges as f64 + distance / LAG) + (self.exp2_growth + UNIT) * exponents
         } else {
             UNIT * distance * LN_2 + self.exp2 * (1 + rescalings(keys)) as f64
         }
@@ -264,7 +280,8 @@ impl Weights {
         let sink = if softmax.sink > 0.0 { relative(sink, 2.0 * UNIT * sink.abs()) } else { 0.0 };
         let mean = softmax.sink * sink + keys.iter().zip(&softmax.probabilities).map(|(t, p)| t * p).sum::<f64>();
         let largest = keys.iter().copied().fold(sink, f64::max);
-        let summation = gamma(scores.len() + rescalings(scores.len()) + 10 + dropout_roundings(problem));
+        let merges = 2 * arithmetic.merges;
+        let summation = gamma(scores.len() + rescalings(scores.len()) + 10 + merges + dropout_roundings(problem));
         Self { arithmetic, keys, sink, mean, largest, summation, max }
     }
 

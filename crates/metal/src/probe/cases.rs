@@ -46,7 +46,7 @@ pub(super) struct Given {
     /// Elements behind rows of tensors whose heads come first.
     pub(super) gap: usize,
     /// The elements of q, k and v.
-    values: [Vec<f64>; 3],
+    pub(super) values: [Vec<f64>; 3],
     full_slopes: Option<Vec<f64>>,
     full_bias: Option<Vec<f64>>,
 }

@@ -7,6 +7,7 @@
 mod backward;
 #[path = "../../tests/common/mod.rs"]
 mod common;
+mod decode;
 mod dropout;
 mod list;
 mod tensorops;
@@ -19,14 +20,16 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use common::append::{AppendForm, AppendRun};
 use common::backward::{BackwardRun, BackwardVariant};
 use common::bench::Bench;
+use common::decode::{DecodeVariant, Texts};
 use common::far::{Far, Form};
 use common::far_backward::FarBackward;
 use common::variants::{self, Variant};
 use common::{Case, Run};
 use list::{FAR_DIRECT, FAR_SCALAR, FAR_STAGED, Mutant};
-use mtlflashattn_metal::{BackwardKernel, Kernel};
+use mtlflashattn_metal::{BackwardKernel, Kernel, MergeKernel};
 use mtlflashattn_simulator::{LaneLayout, Layer, Options, TensorOps};
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::TestRunner;
@@ -70,6 +73,12 @@ fn examine(mutant: &Mutant) -> Option<String> {
     }
     if let Some(variant) = common::backward::variants().into_iter().find(|variant| variant.name == mutant.variant) {
         return examine_backward(mutant, &variant);
+    }
+    if let Some(variant) = common::decode::variants().into_iter().find(|variant| variant.name == mutant.variant) {
+        return examine_decode(mutant, &variant);
+    }
+    if let Some((form, case)) = common::append::forms().into_iter().find(|(form, _)| form.name == mutant.variant) {
+        return examine_append(mutant, form, &case);
     }
     let variants = variants::all();
     let variant = variants.iter().find(|variant| variant.name == mutant.variant).expect("a variant");
@@ -137,6 +146,66 @@ fn examine_backward(mutant: &Mutant, variant: &BackwardVariant) -> Option<String
         })
 }
 
+/// The same for the decode kernel and the kernel that merges its splits.
+fn examine_decode(mutant: &Mutant, variant: &DecodeVariant) -> Option<String> {
+    let runs = |(count, most): (usize, usize)| -> Vec<Run> {
+        let mut runner = TestRunner::deterministic();
+        let strategy = variant.cases(most);
+        (0..count).map(|_| variant.run(&strategy.new_tree(&mut runner).expect("a case").current())).collect()
+    };
+    let (fast, small) = (runs((FAST.0, 4 * FAST.1)), runs((CHECK.0, 2 * CHECK.1)));
+    let kernel = variant.kernel(&fast[0]);
+    let texts = Texts::of(&kernel).changed(mutant.from, mutant.to);
+    let first = |options: Options, runs: &[Run]| {
+        let bench = Bench::new(options);
+        runs.iter().find_map(|run| common::decode::check(&bench, &kernel, &texts, run, variant.splits).err())
+    };
+    println!("type");
+    let types = Bench::new(Options::new(Layer::Type));
+    let merge = MergeKernel::of(&kernel);
+    [(&texts.decode, kernel.entry()), (&texts.merge, merge.entry())]
+        .into_iter()
+        .find_map(|(text, entry)| types.pipeline(text, entry).err().map(|error| error.to_string()))
+        .or_else(|| {
+            println!("fast");
+            first(Options::new(Layer::Fast), &fast)
+        })
+        .or_else(|| first(Options::new(Layer::Fast).with_seed(5), &fast))
+        .or_else(|| {
+            println!("check");
+            first(Options::new(Layer::Check), &small)
+        })
+}
+
+/// The same for the kernel that appends to caches.
+fn examine_append(mutant: &Mutant, form: AppendForm, case: &Case) -> Option<String> {
+    let mut runner = TestRunner::deterministic();
+    let strategy = DecodeVariant::without_tile(form.name, case).cases(FAST.1);
+    let mut run = || AppendRun::new(&strategy.new_tree(&mut runner).expect("a case").current(), form);
+    let runs: Vec<AppendRun> = (0..FAST.0).map(|_| run()).collect();
+    let kernel = runs[0].kernel();
+    let original = kernel.source();
+    assert!(original.contains(mutant.from), "{:?} is not in the text of {}", mutant.from, mutant.variant);
+    let source = original.replace(mutant.from, mutant.to);
+    let first = |layer: Layer| {
+        let bench = Bench::new(Options::new(layer));
+        runs.iter().find_map(|run| run.launch(&bench, &source).and_then(|(got, _)| run.check(&got)).err())
+    };
+    println!("type");
+    let types = Bench::new(Options::new(Layer::Type)).pipeline(&source, kernel.entry());
+    types
+        .err()
+        .map(|error| error.to_string())
+        .or_else(|| {
+            println!("fast");
+            first(Layer::Fast)
+        })
+        .or_else(|| {
+            println!("check");
+            first(Layer::Check)
+        })
+}
+
 /// A GPU on which any lane may have any element.
 fn scattered() -> Options {
     let tensor_ops = TensorOps { layout: LaneLayout::Scattered(9), ..TensorOps::default() };
@@ -145,7 +214,7 @@ fn scattered() -> Options {
 
 /// Every mutant.
 fn mutants() -> Vec<&'static Mutant> {
-    let lists = [list::MUTANTS, tensorops::MUTANTS, backward::MUTANTS, dropout::MUTANTS];
+    let lists = [list::MUTANTS, tensorops::MUTANTS, backward::MUTANTS, dropout::MUTANTS, decode::MUTANTS];
     lists.into_iter().flatten().collect()
 }
 

@@ -77,7 +77,7 @@ impl Bench {
     }
 }
 
-fn buffers(bytes: &Tensors<Vec<u8>>) -> Result<Tensors<Buffer>, DeviceError> {
+pub fn buffers(bytes: &Tensors<Vec<u8>>) -> Result<Tensors<Buffer>, DeviceError> {
     let buffer = |bytes: &Vec<u8>| Buffer::from_slice(bytes);
     let optional = |bytes: &Option<Vec<u8>>| bytes.as_ref().map(buffer).transpose();
     Ok(Tensors {

@@ -2,19 +2,23 @@
 #![allow(dead_code, reason = "each test binary uses its part")]
 #![allow(clippy::struct_excessive_bools, reason = "features are on or off")]
 
+pub mod append;
 pub mod backward;
 pub mod bench;
+pub mod cached;
+pub mod decode;
 pub mod far;
 pub mod far_backward;
 pub mod peer;
 pub mod small;
 pub mod variants;
 
+use cached::CacheData;
 use half::{bf16, f16};
 use mtlflashattn_core::reference::bounds::{Bounds, error_bounds_of};
 use mtlflashattn_core::reference::{Forward, ReferenceInputs, forward as reference};
 use mtlflashattn_core::{Alignment, BiasKind, Dropout, Dtype, Options, Problem, Strides, TensorMeta};
-use mtlflashattn_metal::{Kernel, LseStrides, Outputs, Tensors};
+use mtlflashattn_metal::{CacheTensors, Kernel, LseStrides, Outputs, Tensors};
 
 /// A small generator, so that a seed is all a failing case needs (`SplitMix64`).
 pub struct Random(u64);
@@ -149,6 +153,10 @@ fn decode(dtype: Dtype, bytes: &[u8]) -> f64 {
     }
 }
 
+fn bytes_i32(values: &[i32]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_ne_bytes()).collect()
+}
+
 /// What holes are filled with, so that reading one shows, and writing one does too.
 fn hole(dtype: Dtype) -> Vec<u8> {
     encode(dtype, f64::NAN).0
@@ -223,6 +231,8 @@ pub struct Run {
     sinks: Vec<f32>,
     out_sizes: [usize; 4],
     out_strides: [i64; 4],
+    /// Contents of the buffers of the cache, if keys lie in one.
+    pub cache: CacheData,
 }
 
 impl Run {
@@ -295,6 +305,7 @@ impl Run {
             sinks,
             out_sizes,
             out_strides,
+            cache: CacheData::default(),
         }
     }
 
@@ -311,9 +322,18 @@ impl Run {
         tensor.exact[order] = rounded;
     }
 
+    /// The bytes of the buffers of the cache.
+    pub fn cache_tensors(&self) -> CacheTensors<Vec<u8>> {
+        let CacheData { lengths, slots, left_pad, table, .. } = &self.cache;
+        let present = |values: &Vec<i32>| (!values.is_empty()).then(|| bytes_i32(values));
+        let [lengths, slots, left_pad, pages] = [lengths, slots, left_pad, table].map(present);
+        CacheTensors { lengths, slots, left_pad, pages }
+    }
+
     /// The tensors' bytes. Outputs are full of NaN, and so is `lse` when nobody wants it.
     pub fn tensors(&self) -> Tensors<Vec<u8>> {
-        let bytes_i32 = |values: &[i32]| values.iter().flat_map(|value| value.to_ne_bytes()).collect::<Vec<u8>>();
+        // Nobody binds offsets of keys where these lie in a cache.
+        let key_offsets = if self.problem.cache.is_some() { &self.query_offsets } else { &self.key_offsets };
         let bytes_f32 = |values: &[f32]| values.iter().flat_map(|value| value.to_ne_bytes()).collect::<Vec<u8>>();
         let case = &self.case;
         Tensors {
@@ -324,7 +344,7 @@ impl Run {
             lse: case
                 .lse
                 .then(|| hole(Dtype::F32).repeat(self.problem.lengths.query_rows() * self.problem.query_heads)),
-            offsets: case.packed.then(|| (bytes_i32(&self.query_offsets), bytes_i32(&self.key_offsets))),
+            offsets: case.packed.then(|| (bytes_i32(&self.query_offsets), bytes_i32(key_offsets))),
             alibi_slopes: (case.alibi > 0).then(|| bytes_f32(&self.slopes)),
             bias: case.bias.map(|_| self.bias.clone()),
             sinks: case.sinks.then(|| bytes_f32(&self.sinks)),
@@ -343,7 +363,7 @@ impl Run {
             alibi_slopes: self.problem.alibi.map(|_| self.full_slopes.as_slice()),
             bias: self.problem.bias.map(|_| self.full_bias.as_slice()),
             sinks: self.problem.sinks.map(|_| sinks.as_slice()),
-            ..ReferenceInputs::default()
+            cache: self.cache.buffers(),
         })
     }
 

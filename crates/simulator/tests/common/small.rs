@@ -2,13 +2,15 @@
 
 use half::{bf16, f16};
 use mtlflashattn_core::{Dtype, Strides, TensorMeta};
-use mtlflashattn_metal::probe::{Element, Memory, SmallBackward, SmallProblem};
+use mtlflashattn_metal::probe::{Element, Memory, SmallAppend, SmallBackward, SmallProblem};
 use mtlflashattn_metal::{
-    BackwardKernel, BackwardLaunch, BackwardOutputs, Kernel, Launch, LseStrides, Outputs, Tensors,
+    AppendKernel, AppendLaunch, BackwardKernel, BackwardLaunch, BackwardOutputs, DecodeLaunch, Kernel, Launch,
+    LseStrides, Outputs, Tensors,
 };
 use mtlflashattn_simulator::{Buffer, Launch as Dispatch};
 
 use super::bench::{Bench, borrowed};
+use super::decode::{self, Texts};
 
 /// What is wrong with `source`, the text of `kernel` or a change of it, as its probe sees it.
 pub fn probe(bench: &Bench, kernel: &Kernel, source: &str) -> Result<(), String> {
@@ -25,6 +27,42 @@ pub fn probe(bench: &Bench, kernel: &Kernel, source: &str) -> Result<(), String>
         run.map_err(|error| error.to_string())?;
         let lse = buffers.lse.as_ref().map(|lse| decode(Dtype::F32, lse));
         if let Some(wrong) = small.judge(&decode(problem.dtype, &buffers.out), lse.as_deref()) {
+            return Err(wrong);
+        }
+    }
+    Ok(())
+}
+
+/// The same for the texts of a decode kernel and of its merge kernel.
+pub fn probe_decode(bench: &Bench, kernel: &Kernel, texts: &Texts) -> Result<(), String> {
+    for small in SmallProblem::all(kernel).expect("problems for the kernel") {
+        let SmallProblem { problem, tensors, cache, splits, .. } = &small;
+        let out = TensorMeta { dtype: problem.dtype, shape: &tensors.out.shape, strides: &tensors.out.strides };
+        let lse = tensors.lse.as_ref().map(|_| LseStrides::contiguous(problem));
+        let outputs = Outputs { out: Strides::of(&out), lse };
+        let launch = DecodeLaunch::new(problem, kernel, &outputs, *splits).expect("a small problem");
+        let (buffers, cache) = (buffers(tensors), cache.map(encode));
+        decode::dispatch(bench, kernel, texts, &launch, borrowed(&buffers), cache.map(|buffer| buffer))?;
+        let lse = buffers.lse.as_ref().map(|lse| decode(Dtype::F32, lse));
+        if let Some(wrong) = small.judge(&decode(problem.dtype, &buffers.out), lse.as_deref()) {
+            return Err(wrong);
+        }
+    }
+    Ok(())
+}
+
+/// The same for an append kernel.
+pub fn probe_append(bench: &Bench, kernel: AppendKernel, source: &str) -> Result<(), String> {
+    let pipeline = bench.pipeline(source, kernel.entry()).map_err(|error| error.to_string())?;
+    for small in SmallAppend::all(&kernel).expect("problems for the kernel") {
+        let launch = AppendLaunch::new(&small.problem, &small.append, small.rotated()).expect("a small problem");
+        let buffers = small.tensors.map(encode);
+        let arguments = launch.arguments(&buffers.map(|buffer| buffer));
+        let run = bench.simulator().run(&pipeline, &arguments, &Dispatch::from(launch.grid));
+        run.map_err(|error| error.to_string())?;
+        let results: Vec<Vec<f64>> =
+            buffers.written().into_iter().map(|buffer| decode(small.problem.dtype, buffer)).collect();
+        if let Some(wrong) = small.judge(&results) {
             return Err(wrong);
         }
     }

@@ -13,7 +13,7 @@ fn choice_with_record(problem: &Problem, text: &str) -> TileChoice {
     let tuned = TunedTiles::new([(name, text.to_owned()), ("simdgroup float16 8/8".into(), "keys=8".into())]);
     let planner = Planner { tuned: &tuned, ..Planner::new(Device::Metal(M1), &settings) };
     let choice = planner.tile_choice(problem, Tier::Simdgroup).unwrap();
-    assert_eq!(planner.plan(problem).unwrap().metal, Some(choice.candidate.tile));
+    assert_eq!(planner.serve(problem, Tier::Simdgroup).unwrap().metal, Some(choice.candidate.tile));
     choice
 }
 
