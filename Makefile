@@ -38,8 +38,11 @@ train: build ## Train a small transformer with stock attention and with ours, an
 
 test: test-rust test-python ## Run all Rust and Python tests
 
+# The simulator runs on Linux only. Python tests that need it skip themselves.
+NOT_TESTED := mtlflashattn-python $(if $(filter-out Linux,$(shell uname)),mtlflashattn-simulator)
+
 test-rust: setup clang
-	cargo test --workspace --exclude mtlflashattn-python --quiet
+	cargo test --workspace $(addprefix --exclude ,$(NOT_TESTED)) --quiet
 	cargo test --release --package mtlflashattn-cpu --test disassembly --quiet
 
 test-python: build clang

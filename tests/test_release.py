@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted(ROOT.glob(".github/workflows/*.yml"))
 
 
-def workflow(path: Path) -> str:
+def read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
@@ -36,17 +36,23 @@ def test_workflows_call_what_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
     assert len(WORKFLOWS) == 2
     for path in WORKFLOWS:
-        text = workflow(path)
+        text = read(path)
         called = re.findall(r"(?:^|\s)((?:scripts|\.ci)/[\w.-]+)", text)
         assert called
         assert [name for name in called if not (ROOT / name).exists()] == []
         assert set(re.findall(r"run: make ([a-z-]+)", text)) <= targets
 
 
+def test_the_reason_to_skip_on_a_mac_is_what_the_simulator_says() -> None:
+    reason = re.search(r'^LINUX_ONLY = "(.+)"$', read(ROOT / "tests" / "conftest.py"), re.MULTILINE)
+    assert reason is not None
+    assert f'"{reason[1]}"' in read(ROOT / "crates" / "simulator" / "src" / "compile.rs")
+
+
 def test_actions_are_taken_at_a_major_version_and_only_one() -> None:
     versions: dict[str, set[str]] = {}
     for path in WORKFLOWS:
-        for action, version in re.findall(r"uses: ([\w./-]+)@(\S+)", workflow(path)):
+        for action, version in re.findall(r"uses: ([\w./-]+)@(\S+)", read(path)):
             versions.setdefault(action, set()).add(version)
     assert len(versions) >= 6
     for action, found in versions.items():
