@@ -338,3 +338,16 @@ def test_models_that_do_not_name_their_window_have_it_nevertheless() -> None:
     ids = torch.randint(2, 64, (1, 12))
     near = with_attention(qwen2_moe, "eager")(ids).logits
     assert_close(with_attention(qwen2_moe, adapter.NAME)(ids).logits, near)
+
+
+@torch.no_grad()
+def test_generation_on_the_simulator(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = padded_prompts()
+    options = {"max_new_tokens": 4, "do_sample": False}
+    expected = with_attention(llama, "eager").generate(**inputs, **options)
+    model = with_attention(llama, adapter.NAME)
+    monkeypatch.setenv("MTLFLASHATTN_DEVICE", "simulator")
+    with trace() as calls:
+        got = model.generate(**inputs, **options)
+    assert torch.equal(got, expected)
+    assert "cpu" not in {entry.tier for entry in calls.calls}
