@@ -3,8 +3,9 @@
 `python scripts/compile_kernels.py FOLDER`
 
 The texts are those that the planner's tiles have for the GPUs, tiers, dtypes, head dimensions and
-features below, as `python -m metal_flash_attn msl` prints them. Elsewhere than on a Mac with Xcode
-they are written only.
+features below, as `python -m metal_flash_attn msl` prints them. What lies in the folder already, as
+the example backward_texts of crates/metal writes it, is compiled, too. Elsewhere than on a Mac with
+Xcode the texts are written only.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ FEATURES = [
     "--bias bool",
     "--bias f32 --causal",
 ]
-STANDARDS = {"scalar": "metal3.1", "simdgroup": "metal3.1"}
-"""Of Metal, by tier; the others need Metal 4. bfloat needs 3.1."""
+TENSOR_HEADER = "MetalPerformancePrimitives"
+"""Texts that include it need Metal 4; the others need 3.1, which has bfloat."""
 
 
 def commands() -> Iterator[list[str]]:
@@ -53,24 +54,20 @@ def commands() -> Iterator[list[str]]:
                 ).split()
 
 
-def write(folder: Path) -> list[tuple[Path, str]]:
-    """The different texts as files, each with the standard of Metal that it is written in."""
+def write(folder: Path) -> None:
+    """Writes each text once."""
     folder.mkdir(parents=True, exist_ok=True)
-    texts: dict[str, tuple[Path, str]] = {}
     for command in commands():
         options = vars(_parser().parse_args(command))
         source = _native._kernel_text(options)["source"]
         digest = hashlib.sha256(source.encode()).hexdigest()[:12]
-        if digest not in texts:
-            path = folder / f"{options['tier']}-{digest}.metal"
-            path.write_text(f"// {' '.join(command)}\n{source}", encoding="ascii")
-            texts[digest] = path, STANDARDS.get(options["tier"], "metal4.0")
-    return list(texts.values())
+        path = folder / f"{options['tier']}-{digest}.metal"
+        path.write_text(f"// {' '.join(command)}\n{source}", encoding="ascii")
 
 
-def compile_one(text: tuple[Path, str]) -> str:
+def compile_one(path: Path) -> str:
     """What the compiler says against a text; empty if nothing."""
-    path, standard = text
+    standard = "metal4.0" if TENSOR_HEADER in path.read_text(encoding="ascii") else "metal3.1"
     # As torch compiles it: no fast mathematics but where the text asks for it.
     command: list[str | Path] = ["xcrun", "-sdk", "macosx", "metal", f"-std={standard}"]
     command += ["-fno-fast-math", "-c", path, "-o", path.with_suffix(".air")]
@@ -82,9 +79,11 @@ def main() -> int:
     if len(sys.argv) != 2:
         print("usage: python scripts/compile_kernels.py FOLDER", file=sys.stderr)
         return 2
-    texts = write(Path(sys.argv[1]))
+    folder = Path(sys.argv[1])
+    write(folder)
+    texts = sorted(folder.glob("*.metal"))
     if shutil.which("xcrun") is None:
-        print(f"{len(texts)} texts written; not compiled: there is no xcrun here")
+        print(f"{len(texts)} texts; not compiled: there is no xcrun here")
         return 0
     with ThreadPoolExecutor() as pool:
         faults = [fault for fault in pool.map(compile_one, texts) if fault]

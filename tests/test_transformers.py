@@ -209,17 +209,34 @@ def test_bfloat16() -> None:
     assert error <= 1.5 * peer, "no further from float32 than eager attention is"
 
 
-def test_training_goes_through_torch() -> None:
+@pytest.mark.parametrize("build", [llama, gemma2, gpt_oss])
+def test_training_gives_the_gradients_of_eager_attention(build: Callable[[], Any]) -> None:
     inputs = padded_prompts()
+    # A row of padding sees other keys in eager attention: what follows it is not predicted from it.
+    seen = inputs["attention_mask"]
+    follows_padding = torch.nn.functional.pad(seen, (1, 0))[:, :-1] == 0
+    labels = inputs["input_ids"].masked_fill((seen == 0) | follows_padding, -100)
     grads = []
-    for name in ("sdpa", adapter.NAME):
-        model = with_attention(llama, name).train()
-        model(**inputs, labels=inputs["input_ids"]).loss.backward()
-        grads.append(model.model.embed_tokens.weight.grad)
-    torch.testing.assert_close(*grads)
-    model = with_attention(gemma2, adapter.NAME).train()
+    for name in ("eager", adapter.NAME):
+        model = with_attention(build, name).train()
+        with trace() as calls:
+            model(**inputs, labels=labels).loss.backward()
+        grads.append({key: x.grad for key, x in model.named_parameters() if x.grad is not None})
+    assert sum(entry.calls for entry in calls.calls if entry.backward) == 2
+    assert set(grads[0]) == set(grads[1])
+    for key, expected in grads[0].items():
+        assert_close(grads[1][key], expected)
+
+
+def test_dropout_is_torchs() -> None:
+    q = torch.randn(1, 4, 6, 8, requires_grad=True)
+    module = torch.nn.Module()
+    with trace() as calls:
+        out, _ = adapter.attention_forward(module, q, q, q, None, dropout=0.5)
+        out.sum().backward()
+    assert not calls.calls
     with pytest.raises(NotImplementedError, match="attn_implementation='eager'"):
-        model(**inputs)
+        adapter.attention_forward(module, q, q, q, None, dropout=0.5, softcap=2.0)
 
 
 @torch.no_grad()

@@ -58,11 +58,11 @@ impl Form {
         let enable_gqa = flag(named.get_item(intern!(py, "enable_gqa"))?);
         let (Some(is_causal), Some(enable_gqa)) = (is_causal, enable_gqa) else { return Ok(None) };
         let mut needs_gradient = false;
-        if torch.is_grad_enabled(py)? {
-            for tensor in [query, key, value] {
-                needs_gradient |= tensor.getattr(intern!(py, "requires_grad"))?.is_truthy()?;
-            }
+        for tensor in [query, key, value] {
+            needs_gradient |= tensor.getattr(intern!(py, "requires_grad"))?.is_truthy()?;
         }
+        // In this order: most calls need none, and every question counts.
+        needs_gradient = needs_gradient && torch.is_grad_enabled(py)?;
         let views = [&q, &k, &v];
         Ok(Some(Self {
             place: q.place,

@@ -83,7 +83,7 @@ def attention_forward(
         out `[B, Lq, H, Dv]`, contiguous, and None for the weights, which are never held.
 
     Raises:
-        NotImplementedError: for a paged cache, and for softcap or sinks with gradients or dropout.
+        NotImplementedError: for a paged cache, and for softcap or sinks with dropout.
     """
     if cache is not None:
         raise NotImplementedError(
@@ -91,10 +91,10 @@ def attention_forward(
             "attn_implementation"
         )
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if dropout > 0 or _needs_gradient(query, key, value):
+    if dropout > 0:
         if softcap is not None or s_aux is not None:
             raise NotImplementedError(
-                "softcap and s_aux are not supported in training; use attn_implementation='eager'"
+                "softcap and s_aux are not supported with dropout; use attn_implementation='eager'"
             )
         # fmt: off
         return sdpa_attention_forward(
@@ -119,13 +119,9 @@ def attention_forward(
         softcap=softcap or 0.0,
         mask=mask,
         bias=bias,
-        sinks=None if s_aux is None else s_aux.detach().float(),
+        sinks=None if s_aux is None else s_aux.float(),
     )
     return out.contiguous(), None
-
-
-def _needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _mask_and_bias(
@@ -138,7 +134,7 @@ def _mask_and_bias(
         if attention_mask is None or attention_mask.dtype == torch.bool:
             return attention_mask, None
         return None, attention_mask
-    position_bias = position_bias.detach()[..., :key_len]
+    position_bias = position_bias[..., :key_len]
     if attention_mask is None:
         return None, position_bias
     if attention_mask.dtype == torch.bool:
