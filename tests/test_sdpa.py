@@ -226,7 +226,7 @@ def test_scripts_hold_torchs_operator() -> None:
 
 def test_training_is_served() -> None:
     sdpa.install(cpu=True)
-    leaves = [tensor.requires_grad_() for tensor in tensors()]
+    leaves = [tensor.requires_grad_() for tensor in tensors(256)]
     expected = torch.autograd.grad(stock(*leaves).square().sum(), leaves)
     with trace() as calls:
         out = functional.scaled_dot_product_attention(*leaves)
@@ -236,10 +236,14 @@ def test_training_is_served() -> None:
         torch.testing.assert_close(one, other)
     # What is torch's: the gradient of a mask, and derivatives of gradients.
     halves = [leaf.detach().half().requires_grad_() for leaf in leaves]
-    mask = torch.zeros(64, 64, dtype=torch.float16, requires_grad=True)
+    mask = torch.zeros(256, 256, dtype=torch.float16, requires_grad=True)
     assert not is_served(*halves, attn_mask=mask)
     assert sdpa.explain(*halves, attn_mask=mask).gate == "gradient"
     assert is_served(*halves, attn_mask=mask.detach())
+    # So are calls with little work, which would be served without gradients.
+    short = tensors(64)
+    assert is_served(*short)
+    assert not is_served(short[0].requires_grad_(), *short[1:])
     out = functional.scaled_dot_product_attention(*leaves)
     first = torch.autograd.grad(out.sum(), leaves, create_graph=True)
     with pytest.raises(NotImplementedError, match=r"SDPBackend\.MATH"):
@@ -310,13 +314,16 @@ def test_compiled_calls_follow_install_and_uninstall() -> None:
     with sdpa.patched(cpu=True):
         assert count(q, k, v) == 1
         assert count(*(t[:, :, :1, :1] for t in (q, k, v))) == 0
+        assert count(q.clone().requires_grad_(), k, v) == 0
+        q, k, v = tensors(256)
         assert count(q.clone().requires_grad_(), k, v) == 1
+        q, k, v = tensors()
     assert count(q, k, v) == 0
     compiled(q, k, v)
 
 
 def test_compiled_training_is_served() -> None:
-    leaves = [tensor.requires_grad_() for tensor in tensors()]
+    leaves = [tensor.requires_grad_() for tensor in tensors(256)]
     expected = torch.autograd.grad(attend(*leaves, None).sum(), leaves)
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     with sdpa.patched(cpu=True), trace() as calls:

@@ -182,6 +182,10 @@ SMALL_CPU_CALL: Final = 2**16
 """Least product of score elements and head dimension: below it the patch itself costs too much."""
 
 
+SMALL_CPU_TRAINING: Final = 2**23
+"""The same for calls that need gradients, whose backward pass costs more to call."""
+
+
 class CpuGates:
     """The gates for CPU tensors: what was measured to be faster than stock torch (docs/sdpa.md)."""
 
@@ -197,8 +201,11 @@ class CpuGates:
         """The speed gate, or what keeps it closed."""
         if not self._is_measured:
             return _UNMEASURED
-        if call.scores * call.head_dim < SMALL_CPU_CALL:
+        work = call.scores * call.head_dim
+        if work < SMALL_CPU_CALL:
             return _SMALL
+        if call.gradient and work < SMALL_CPU_TRAINING:
+            return _SMALL_TRAINING
         if call.dtype in self._in_matrix_unit and call.query_len > 1:
             return _MATRIX_UNIT
         is_additive = call.mask is not None and call.mask != torch.bool
@@ -220,6 +227,12 @@ _SMALL: Final = Decision(
     False,
     "thresholds",
     f"scores times head dimension are less than {SMALL_CPU_CALL:,}: too little work",
+)
+_SMALL_TRAINING: Final = Decision(
+    False,
+    "thresholds",
+    f"scores times head dimension are less than {SMALL_CPU_TRAINING:,}: too little work for a call "
+    "that needs gradients",
 )
 _MATRIX_UNIT: Final = Decision(
     False, "thresholds", "stock torch uses the matrix unit that this CPU has for the dtype"
