@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterator
+from itertools import chain
 
 import metal_flash_attn
 import torch
@@ -9,7 +10,7 @@ from metal_flash_attn._bench.timing import CPU_TIME, WALL_TIME, interleave, medi
 from metal_flash_attn._native import fma_peak, read_bandwidth
 from rich.progress import track
 
-from . import cases
+from . import caches, cases
 from .report import Section
 
 
@@ -40,7 +41,8 @@ def one_thread(seconds: float, only: str) -> Section:
         ["case", "torch", "ours", "unit", "of peak", "ratio", "target"],
         f"{machine()}. Peak: {peak:.0f} GFLOP/s multiply-add, {bandwidth:.1f} GB/s read, measured.",
     )
-    for case in track(selected(cases.one_thread(), only), "one thread", transient=True):
+    every_case = chain(cases.one_thread(), caches.one_thread())
+    for case in track(selected(every_case, only), "one thread", transient=True):
         ours, peer = medians(interleave([case.ours, case.peer], CPU_TIME, seconds))
         limit = peak if case.unit == "GFLOP/s" else bandwidth
         section.rows.append(
