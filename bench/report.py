@@ -15,7 +15,9 @@ class Section:
     rows: list[list[str]] = field(default_factory=list)
 
     def show(self) -> list[dict[str, str]]:
-        """Prints the table and returns its rows."""
+        """Prints the table, if there is anything in it, and returns its rows."""
+        if not self.rows:
+            return []
         rows = [[[Cell(text) for text in row]] for row in self.rows]
         Table(self.title, self.columns, self.caption, rows).show()
         return [dict(zip(self.columns, row, strict=True)) for row in self.rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import shlex
@@ -251,6 +252,52 @@ def test_calls_that_take_too_long_are_left_out(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(measure, "_free_bytes", lambda _: 1e4)
     result = measure.measure(Problem.parse("1x512x1x16"), quick, lambda _: None)
     assert [one.reason[:20] for one in result.absent] == ["its tensors take 0.0"] * 2
+
+
+def test_stock_calls_that_would_end_the_process_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = ("stock", "math", "torch")
+    long = Problem.parse("1x2048x300x8")  # 300 * 2048**2 scores are 4.7 GiB in float32.
+    prepared = contenders.prepare(Problem.parse("1x8x1x8"))
+    monkeypatch.setattr(measure, "prepare", lambda *_: dataclasses.replace(prepared, problem=long))
+    monkeypatch.setattr(measure, "_MANY_FLOPS", float("inf"))
+    monkeypatch.setattr(measure, "_free_bytes", lambda _: 1e12)
+    with standin_mps.installed():
+        result = measure.measure(long, settings(*names, device="mps"), lambda _: None)
+    assert [one.name for one in result.absent] == ["stock", "math"]
+    assert "pytorch/pytorch/issues/149261" in result.absent[0].reason
+    # On the CPU stock torch is not known to be wrong.
+    assert not measure._known_defects(prepared, "cpu")
+
+
+def test_what_is_measured_is_shown_when_the_rest_is_interrupted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = contenders.prepare
+
+    def interrupt(problem: Problem, device: str) -> Any:
+        if problem.causal:
+            raise KeyboardInterrupt
+        return prepare(problem, device)
+
+    monkeypatch.setattr(measure, "prepare", interrupt)
+    assert "1x48x2x16 f32 full" in bench(capsys, *SMALL, "--tier", "cpu", status=130)
+    with pytest.raises(KeyboardInterrupt):
+        bench(capsys, *SMALL, "--tier", "cpu", "--causal")
+
+
+def test_too_little_memory_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **_others: object) -> None:
+        raise RuntimeError("MPS backend out of memory (MPS allocated: 1.00 GiB)")
+
+    problem = Problem.parse("1x8x1x8")
+    monkeypatch.setattr(measure, "interleave", fail)
+    result = measure.measure(problem, settings("stock"), lambda _: None)
+    assert "timing failed: RuntimeError: MPS backend out of memory" in result.notes[0]
+    monkeypatch.setattr(measure, "prepare", fail)
+    result = measure.measure(problem, settings("stock"), lambda _: None)
+    assert "MPS backend out of memory" in result.absent[0].reason
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")

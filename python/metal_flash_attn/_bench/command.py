@@ -19,7 +19,10 @@ from . import options as command_line
 from . import report, simulated
 from .contenders import MATH, STOCK, UNMEASURED, UNSIMULATED, tiers
 from .machine import Machine
-from .measure import Result, Settings, all_results
+from .measure import Result, Settings, measure_all
+
+_INTERRUPTED = 130
+"""The status that shells give a program that Ctrl-C ended: 128 and the number of the signal."""
 
 
 def run(options: dict[str, Any]) -> int:
@@ -56,9 +59,20 @@ def _run(options: dict[str, Any]) -> int:
         options["limit"],
         not options["no_memory"],
     )
+    results: list[Result] = []
+    interrupted = False
     with progress_bar() as progress:
-        results = all_results(problems, settings, progress)
-    return _show(results, settings, options)
+        try:
+            measure_all(problems, settings, progress, results)
+        except KeyboardInterrupt:  # What is there took time, and is worth showing.
+            if not results:
+                raise
+            interrupted = True
+    status = _show(results, settings, options)
+    if interrupted:
+        print(f"interrupted after {len(results)} of {len(problems)} problems", file=sys.stderr)
+        return _INTERRUPTED
+    return status
 
 
 def _check_pictures(options: dict[str, Any]) -> None:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from metal_flash_attn import sdpa
 from metal_flash_attn._doctor import describe
+from metal_flash_attn._progress import Progress
+from metal_flash_attn.sdpa._stock import Call, Defect, Stock, version_of
 
 from . import memory
 from .contenders import DTYPES, MATH, STOCK, Absent, Contender, Inputs, contenders, prepare
 from .problem import Problem
 from .timing import CPU_TIME, WALL_TIME, Spread, Timer, gpu_timer, interleave, paired_ratios
-
-Progress = Callable[[str, int, int], None]
 
 _SAMPLE_QUERIES = 256
 """Queries of the call that tells how long the whole one takes."""
@@ -112,20 +111,35 @@ def measure(problem: Problem, settings: Settings, progress: Callable[[str], None
         result.absent = [Absent(name, reason) for name in settings.names]
         return result
     torch.manual_seed(0)
-    inputs = prepare(problem, settings.home)
-    result.notes += _known_defects(inputs, settings.device)
+    try:
+        inputs = prepare(problem, settings.home)
+    except RuntimeError as error:  # There was less memory than the system said.
+        result.absent = [Absent(name, describe(error)) for name in settings.names]
+        return result
+    left_out = _left_out(problem, settings, free)
+    for defect in _known_defects(inputs, settings.device):
+        text = f"stock torch of this version: {defect.what} ({defect.source})"
+        if defect.ends_process:
+            left_out |= dict.fromkeys((STOCK, MATH), text)
+        else:
+            result.notes.append(text)
+    left_out |= _estimates(problem, settings, left_out)
     present = []
-    estimates = _estimates(problem, settings, free)
     for contender in contenders(inputs, settings.names):
         if isinstance(contender, Absent):
             result.absent.append(contender)
-        elif contender.name in estimates:
-            result.absent.append(Absent(contender.name, estimates[contender.name]))
+        elif contender.name in left_out:
+            result.absent.append(Absent(contender.name, left_out[contender.name]))
         else:
             present.append(contender)
     differences = _first_calls(inputs, present, result, progress)
-    if present:
+    if not present:
+        return result
+    try:
         _time(problem, present, differences, settings, result, progress)
+    except RuntimeError as error:
+        result.notes.append(f"timing failed: {describe(error)}")
+        return result
     if settings.memory:
         _weigh(problem, present, settings, result, progress)
     return result
@@ -139,35 +153,46 @@ def _free_bytes(device: str) -> float:
     return 0.8 * os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _known_defects(inputs: Inputs, device: str) -> list[str]:
-    """What stock torch of this version is known to get wrong here."""
+def _known_defects(inputs: Inputs, device: str) -> list[Defect]:
+    """What stock torch of this version is known to get wrong in such a call."""
     if device != "mps":
         return []
-    q, k, v, _ = inputs.stock
-    decision = sdpa.explain(
-        q.detach(),
-        k.detach(),
-        v.detach(),
-        inputs.mask,
-        is_causal=inputs.torch_causal,
-        enable_gqa=inputs.problem.heads != inputs.problem.key_heads,
+    problem, mask = inputs.problem, inputs.mask
+    call = Call(
+        DTYPES[problem.dtype],
+        inputs.stock[0].shape[0],
+        problem.heads,
+        problem.query_len,
+        problem.key_len,
+        problem.head_dim,
+        problem.value_dim,
+        None if mask is None else mask.dtype,
+        inputs.torch_causal,
+        contiguous=True,
+        same_batch=True,
     )
-    known = decision.gate == "correctness"
-    return [f"{decision.reason} ({decision.source})"] if known else []
+    stock = Stock(version_of(torch.__version__))
+    kernel = stock.kernel(call)
+    return [one for one in stock.defects if one.kernel == kernel and one.matches(call)]
 
 
-def _estimates(problem: Problem, settings: Settings, free: float) -> dict[str, str]:
-    """Why contenders are left out without being tried on the whole problem."""
-    reasons = {}
+def _left_out(problem: Problem, settings: Settings, free: float) -> dict[str, str]:
+    """Why contenders cannot be tried at all."""
     scores = _MATH_COPIES * problem.score_bytes * 4 // DTYPES[problem.dtype].itemsize
     if MATH in settings.names and scores > free:
-        reasons[MATH] = f"its scores take {scores / 2**30:.1f} GiB of {free / 2**30:.1f} GiB"
+        return {MATH: f"its scores take {scores / 2**30:.1f} GiB of {free / 2**30:.1f} GiB"}
+    return {}
+
+
+def _estimates(problem: Problem, settings: Settings, left_out: Mapping[str, str]) -> dict[str, str]:
+    """Why contenders are too slow for the whole problem, by a few of its queries."""
     sample = problem.shortened(_SAMPLE_QUERIES)
     if problem.flops < _MANY_FLOPS or sample == problem:
-        return reasons
+        return {}
+    reasons = {}
     timer = settings.timer
     for contender in contenders(prepare(sample, settings.home), settings.names):
-        if isinstance(contender, Absent) or contender.name in reasons:
+        if isinstance(contender, Absent) or contender.name in left_out:
             continue
         try:
             with contender.settings():
@@ -284,11 +309,10 @@ def _weigh(
             measurement.memory_bytes = round(peak)
 
 
-def all_results(
-    problems: Sequence[Problem], settings: Settings, progress: Progress
-) -> list[Result]:
-    """Measures every problem in turn."""
-    results = []
+def measure_all(
+    problems: Sequence[Problem], settings: Settings, progress: Progress, results: list[Result]
+) -> None:
+    """Measures one problem after the other; `results` outlives an interruption."""
     for index, problem in enumerate(problems):
 
         def step(text: str = "", index: int = index, problem: Problem = problem) -> None:
@@ -296,4 +320,3 @@ def all_results(
 
         step("inputs")
         results.append(measure(problem, settings, step))
-    return results

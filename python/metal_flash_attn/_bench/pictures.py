@@ -87,10 +87,14 @@ def _ratio(measurement: Measurement) -> Point | None:
     return ratio.median, ratio.low, ratio.high
 
 
+def _drawn(count: int) -> float:
+    return float(max(count, LEAST_BYTES))
+
+
 def _memory(measurement: Measurement) -> Point | None:
     if measurement.memory_bytes is None:
         return None
-    held = float(max(measurement.memory_bytes, LEAST_BYTES))
+    held = _drawn(measurement.memory_bytes)
     return held, held, held
 
 
@@ -106,7 +110,7 @@ _MEMORY = _Quantity(
     "Peak memory of attention beyond inputs and outputs",
     "peak memory",
     _memory,
-    lambda value: size(value).replace(".0", ""),
+    size,
 )
 
 
@@ -189,7 +193,7 @@ def _start(
     """A figure with title and subtitle, and the height that is left, in parts of the whole."""
     characters = int(width * 15)
     lines = [line for text in subtitle for line in textwrap.wrap(text, characters)]
-    top = 0.42 + 0.19 * len(lines)
+    top = 0.4 + 0.16 * len(lines)
     figure = Figure(figsize=(width, height + top))
     whole = height + top
     figure.text(0.12 / width, 1 - 0.1 / whole, quantity.title, weight="bold", size=12, va="top")
@@ -253,8 +257,8 @@ def _by_length(
 def _how(quantity: _Quantity, settings: Settings, quartiles: str) -> str:
     if quantity is _RATIO:
         return f"{settings.timer.name}, medians of interleaved samples; {quartiles}: quartiles"
-    least = size(LEAST_BYTES).replace(".0", "")
-    return f"grey lines are computed; less than {least} is drawn as {least}"
+    least = size(LEAST_BYTES)
+    return f"grey is computed; less than {least} is drawn as {least}"
 
 
 def _names_in(quantity: _Quantity, results: Sequence[Result]) -> list[str]:
@@ -302,8 +306,8 @@ def _draw_lengths(quantity: _Quantity, axis: Axes, results: Sequence[Result]) ->
 def _references(results: Sequence[Result]) -> Iterator[tuple[str, list[float], str]]:
     """What memory is compared with: both are computed, not measured."""
     problems = sorted((result.problem for result in results), key=lambda one: one.key_len)
-    yield "all scores", [float(one.score_bytes) for one in problems], "--"
-    yield "inputs and\noutputs", [float(one.minimal_bytes) for one in problems], ":"
+    yield "all scores", [_drawn(one.score_bytes) for one in problems], "--"
+    yield "inputs and\noutputs", [_drawn(one.minimal_bytes) for one in problems], ":"
 
 
 def _label_lines(quantity: _Quantity, axis: Axes, results: Sequence[Result]) -> None:
@@ -388,24 +392,43 @@ def _by_problem(
     axis.set_yticks(list(rows), titles)
     axis.set_ylim(len(results) - 0.5, -0.5)
     axis.tick_params(axis="y", length=0)
-    axis.set_xlim(_scale_values(quantity, axis.xaxis, results))
+    lowest, highest = _scale_values(quantity, axis.xaxis, results)
+    axis.set_xlim(lowest, 1.2 * highest)  # Leaves room for a number beside the last mark.
     if quantity is _RATIO:
         axis.axvline(1, color="black", linewidth=1.2, label="stock torch")
-    for name in _names_in(quantity, results):
+    names = _names_in(quantity, results)
+    for name in names:
         color, marker = _STYLES[name]
-        shown = False
-        for row, result in zip(rows, results, strict=True):
-            one = result.of(name)
-            point = None if one is None else quantity.point(one)
-            if point is None:
-                continue
-            middle, low, high = point
+        placed = [
+            (row, point)
+            for row, result in zip(rows, results, strict=True)
+            if (one := result.of(name)) is not None and (point := quantity.point(one)) is not None
+        ]
+        for row, (middle, low, high) in placed:
             axis.plot([low, high], [row, row], color=color, linewidth=2, alpha=0.5)
-            label = "" if shown else _name(name)
-            axis.plot(middle, row, marker, color=color, markersize=6, label=label or "_")
-            shown = True
+            if len(names) == 1:
+                axis.annotate(
+                    f"{middle:.2g}x",
+                    (high, row),
+                    xytext=(8, 0),
+                    textcoords="offset points",
+                    color=color,
+                    size=9,
+                    va="center",
+                )
+        middles = [middle for _, (middle, _, _) in placed]
+        (dots,) = axis.plot(
+            middles,
+            [row for row, _ in placed],
+            marker,
+            color=color,
+            markersize=6,
+            label=_name(name),
+        )
+        if name == STOCK:  # Stays visible below a mark that covers it.
+            dots.set(markersize=10, markerfacecolor="none")
     if quantity is _MEMORY:
-        scores = [result.problem.score_bytes for result in results]
+        scores = [_drawn(result.problem.score_bytes) for result in results]
         axis.plot(scores, rows, "|", color=_GREY, markersize=11, label="all scores (computed)")
     axis.legend(
         loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=9, borderpad=0.2

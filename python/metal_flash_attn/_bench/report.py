@@ -112,8 +112,8 @@ def size(count: float) -> str:
     for unit in ("KiB", "MiB"):
         count /= 1024
         if count < 1000:
-            return f"{count:.1f} {unit}" if count < 10 else f"{count:.0f} {unit}"
-    return f"{count / 1024:.1f} GiB"
+            return f"{count:.2g} {unit}" if count < 10 else f"{count:.0f} {unit}"
+    return f"{count / 1024:.3g} GiB"
 
 
 def remarks(result: Result) -> Iterator[str]:

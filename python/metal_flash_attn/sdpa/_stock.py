@@ -112,6 +112,7 @@ class Defect(NamedTuple):
     matches: Callable[[Call], bool]
     what: str
     source: str
+    ends_process: bool = False
 
 
 DEFECTS: Final = (
@@ -170,6 +171,7 @@ DEFECTS: Final = (
         matches=lambda call: call.dtype == torch.float32 and call.scores > 2**30,
         what="float32 scores of more than 2**32 bytes end the process",
         source=_ISSUE + "149261",
+        ends_process=True,
     ),
     Defect(
         since=(2, 8),
