@@ -258,7 +258,7 @@ def _how(quantity: _Quantity, settings: Settings, quartiles: str) -> str:
     if quantity is _RATIO:
         return f"{settings.timer.name}, medians of interleaved samples; {quartiles}: quartiles"
     least = size(LEAST_BYTES)
-    return f"grey is computed; less than {least} is drawn as {least}"
+    return f"scores, inputs and outputs are computed; less than {least} is drawn as {least}"
 
 
 def _names_in(quantity: _Quantity, results: Sequence[Result]) -> list[str]:
