@@ -30,6 +30,7 @@ _STYLES = {
     "simdgroup": ("#009e73", "s"),
     "tensorops": ("#d55e00", "D"),
     "tensorops-staged": ("#cc79a7", "^"),
+    "decode": ("#882255", "p"),
     "torch": ("#e69f00", "P"),
     "scalar": ("#56b4e9", "X"),
 }
