@@ -127,7 +127,8 @@ def forward(
     """Attention as the public functions ask for it.
 
     `packing` counts the tensors that came as one: 1 is q, k, v; 2 is q, kv (as k); 3 is qkv (as q).
-    Returns out, or (out, lse) with `return_lse`.
+    Returns out, or (out, lse) with `return_lse`, and behind them the random state if something is
+    dropped.
     """
 
 def attend_cached(

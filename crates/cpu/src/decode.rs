@@ -268,7 +268,7 @@ impl Work<'_, '_, Scratch> {
                 self.modify::<S>(head, row, scores, keys, padded);
                 self.normalize::<S>(i, scores, padded);
                 if self.call.problem.dropout.is_some() {
-                    dropout::drop_row::<S>(self.call, &self.call.of_head(self.task, head), row, keys, scores);
+                    dropout::drop_row(self.call, &self.call.of_head(self.task, head), row, keys, scores);
                 }
                 i += 1;
             }

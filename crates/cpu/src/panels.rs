@@ -6,6 +6,7 @@
 use std::ops::Range;
 
 use mtlflashattn_core::Strides;
+use mtlflashattn_core::dropout::GROUP;
 
 use crate::call::{Call, Task, Work, normalizer};
 use crate::dropout::PanelDropout;
@@ -335,10 +336,16 @@ impl Work<'_, '_, Scratch> {
         }
         let rescale = self.softmax::<S>(panel, &tiles, old, new);
         if let Some(dropout) = PanelDropout::new::<S>(self.call, self.task, &rows) {
-            dropout.each::<S>(keys.start, &tiles, |key, lane, factor| {
-                let p = scores.add(key * S::PANEL + lane);
-                S::store(p, S::mul(factor, S::load(p)));
-            });
+            for (group, in_group) in PanelDropout::groups(keys.start, &tiles) {
+                let factors = dropout.factors(group);
+                for key in in_group {
+                    let factors = factors[(keys.start + key) % GROUP].as_ptr();
+                    for n in (0..S::PANEL).step_by(S::LANES) {
+                        let p = scores.add(key * S::PANEL + n);
+                        S::store(p, S::mul(S::load(factors.add(n)), S::load(p)));
+                    }
+                }
+            }
         }
         let rescale = if first { None } else { Some(&rescale) };
         let values = self.at(self.scratch.values);

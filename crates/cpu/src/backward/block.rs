@@ -8,6 +8,7 @@ use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
 use mtlflashattn_core::Problem;
+use mtlflashattn_core::dropout::GROUP;
 
 use super::Backward;
 use super::schedule::Columns;
@@ -410,14 +411,19 @@ impl Work<'_, '_> {
         let (lse, delta) = (self.at(scratch.lse + panel * S::PANEL), self.at(scratch.delta + panel * S::PANEL));
         let panel_rows = Self::panel_rows::<S>(rows, panel);
         if let Some(dropout) = PanelDropout::new::<S>(&self.backward.call, &self.part.task, &panel_rows) {
-            dropout.each::<S>(block.keys.start, tiles, |key, n, factor| {
-                let (lse, delta) = (S::load(lse.add(n)), S::load(delta.add(n)));
-                let at = key * S::PANEL + n;
-                let weight = math::exp2::<S>(S::sub(S::load(weights.add(at)), lse));
-                S::store(weights.add(at), S::mul(factor, weight));
-                let difference = S::sub(S::mul(factor, S::load(d_scores.add(at))), delta);
-                S::store(d_scores.add(at), S::mul(weight, difference));
-            });
+            for (group, in_group) in PanelDropout::groups(block.keys.start, tiles) {
+                let factors = dropout.factors(group);
+                for key in in_group {
+                    let factors = factors[(block.keys.start + key) % GROUP].as_ptr();
+                    for n in (0..S::PANEL).step_by(S::LANES) {
+                        let (factor, at) = (S::load(factors.add(n)), key * S::PANEL + n);
+                        let weight = math::exp2::<S>(S::sub(S::load(weights.add(at)), S::load(lse.add(n))));
+                        S::store(weights.add(at), S::mul(factor, weight));
+                        let difference = S::sub(S::mul(factor, S::load(d_scores.add(at))), S::load(delta.add(n)));
+                        S::store(d_scores.add(at), S::mul(weight, difference));
+                    }
+                }
+            }
         } else {
             for n in (0..S::PANEL).step_by(S::LANES) {
                 let (lse, delta) = (S::load(lse.add(n)), S::load(delta.add(n)));
