@@ -51,7 +51,7 @@ def main() -> None:
     ]
     if not options.only:
         sections += [overhead.table(options.seconds), overhead.patch_table(options.seconds)]
-        sections.append(memory.table())
+        sections += memory.tables()
     figures: dict[str, Any] = {}
     for section in sections:
         figures[section.title] = section.show()
