@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from metal_flash_attn.interface import attention
 
+from ._paged import attend_paged
 from ._window_mask import WindowMask, window_mask
 
 NAME = "metal_attention"
@@ -46,6 +47,19 @@ def register(name: str = NAME) -> str:
     AttentionInterface.register(name, attention_forward)
     AttentionMaskInterface.register(name, window_mask)
     return name
+
+
+PAGED_NAME = "metal_flash_paged"
+"""The name for continuous batching, which transformers allows for names with "flash" alone."""
+
+
+def use_for_continuous_batching(model: PreTrainedModel) -> None:
+    """Lets `model.generate_batch` and the continuous batching manager attend by this package.
+
+    `model.set_attn_implementation` would look for the name on the model hub.
+    """
+    AttentionInterface.register(PAGED_NAME, attention_forward)
+    model.config._attn_implementation = PAGED_NAME
 
 
 def attention_forward(
@@ -76,20 +90,25 @@ def attention_forward(
         dropout, scaling, softcap: of the scores.
         s_aux: sinks `[H]`, one more logit of each head.
         position_bias: added to the scores.
-        cache: paged caches are not supported.
+        cache: the paged cache of continuous batching; `query`, `key` and `value` are the new tokens
+            of all requests behind one another then.
         kwargs: whatever else models pass.
 
     Returns:
         out `[B, Lq, H, Dv]`, contiguous, and None for the weights, which are never held.
 
     Raises:
-        NotImplementedError: for a paged cache, and for softcap or sinks with dropout.
+        NotImplementedError: for softcap or sinks with dropout.
     """
     if cache is not None:
-        raise NotImplementedError(
-            "cache: paged caches are not supported; use a static or dynamic cache, or another "
-            "attn_implementation"
-        )
+        sliding = kwargs.get("sliding_window")
+        scores = {
+            "softmax_scale": scaling,
+            "softcap": softcap or 0.0,
+            "window_size": (-1 if sliding is None else sliding - 1, -1),
+            "sinks": None if s_aux is None else s_aux.detach().float(),
+        }
+        return attend_paged(module, query, key, value, cache, scores, kwargs), None
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if dropout > 0:
         if softcap is not None or s_aux is not None:
