@@ -223,9 +223,8 @@ fn execute<'py>(
     let small = problem.flops() < SMALL_FLOPS;
     let threads = if small { 1 } else { torch.num_threads(py)? };
     let device = match (settings.metal_device(views.q().place), views.q().place) {
-        (Some(metal), _) => core::Device::Metal(metal.gpu(py)?),
         (None, Place::Cpu) => cpu_device(isa, threads),
-        (None, _) => core::Device::Torch,
+        _ => core::Device::Torch,
     };
     let planner = Planner::new(device, &settings.values);
     let plan = planner.plan(problem)?;
