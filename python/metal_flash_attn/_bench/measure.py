@@ -170,6 +170,7 @@ def _known_defects(inputs: Inputs, device: str) -> list[Defect]:
         inputs.torch_causal,
         contiguous=True,
         same_batch=True,
+        gradient=problem.backward,
     )
     stock = Stock(version_of(torch.__version__))
     kernel = stock.kernel(call)
