@@ -25,11 +25,13 @@ from metal_flash_attn._cli import _parser
 MACHINES = {
     "scalar": ["m1"],
     "simdgroup": ["m1", "m3-max"],
+    "decode": ["m1", "m3-max"],
     "tensorops": ["m5"],
     "tensorops-staged": ["m5"],
 }
 DTYPES = ["f16", "bf16", "f32"]
-SHAPES = ["40", "64", "80", "128", "128 --value-dim 64", "256"]
+SHAPES = [(40, 40), (64, 64), (80, 80), (128, 128), (128, 64), (256, 256)]
+"""Head dimensions of q and k, and of v."""
 FEATURES = [
     "",
     "--causal",
@@ -45,12 +47,14 @@ TENSOR_HEADER = "MetalPerformancePrimitives"
 def commands() -> Iterator[list[str]]:
     """Arguments of `msl`: each feature at two shapes, each shape with two features."""
     for tier, machines in MACHINES.items():
-        for machine, dtype, (at, shape) in itertools.product(machines, DTYPES, enumerate(SHAPES)):
+        query_len = 1 if tier == "decode" else 4096
+        for machine, dtype, (at, dims) in itertools.product(machines, DTYPES, enumerate(SHAPES)):
+            q, k, v = f"1x{query_len}x8x{dims[0]}", f"1x4096x2x{dims[0]}", f"1x4096x2x{dims[1]}"
             features = FEATURES if at in {1, 3} else FEATURES[:2]
             for feature in features:
                 yield (
                     f"msl --tier {tier} --gpu {machine} --macos 26.2 --torch 2.15 --dtype {dtype} "
-                    f"--head-dim {shape} {feature}"
+                    f"--q {q} --k {k} --v {v} {feature}"
                 ).split()
 
 
