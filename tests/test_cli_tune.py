@@ -211,7 +211,7 @@ def test_a_forced_tile_serves(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--head-dim", "0"], "--head-dim is '0'; allowed: whole numbers of at least 1"),
         (["--heads", "0"], "--heads is 0; allowed: a whole number of at least 1"),
         (["--tile", "keys"], '--tile is "keys"; allowed: fields of a tile'),
-        (["--tier", "cpu"], '--tier is "cpu"; allowed: tensorops'),
+        (["--tier", "cpu"], '--tier is "cpu"; allowed: decode'),
         (["--tier", "scalar"], "--tier: tuning scalar: it has no tiles to choose from"),
         (["--causal", "--full"], "argument --full: not allowed with argument --causal"),
     ],
