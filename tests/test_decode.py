@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import metal_flash_attn
 import pytest
@@ -78,7 +79,7 @@ def test_packed_sequences_are_one_launch(device: str) -> None:
 def test_every_feature_at_once(device: str) -> None:
     q = torch.randn(2, 3, 6, 20)
     k, v = torch.randn(2, 600, 2, 20), torch.randn(2, 600, 2, 28)
-    options = {
+    options: dict[str, Any] = {
         "window_size": (500, 7),
         "softcap": 3.0,
         "alibi_slopes": torch.rand(2, 6),
@@ -118,8 +119,8 @@ def test_gradients_follow_the_decode_tier() -> None:
     inputs = [torch.randn(1, 2, 4, 16), torch.randn(1, 300, 2, 16), torch.randn(1, 300, 2, 16)]
 
     def gradients() -> tuple[Tensor, ...]:
-        tensors = [tensor.clone().requires_grad_() for tensor in inputs]
-        return torch.autograd.grad(flash_attn_func(*tensors).square().sum(), tensors)
+        q, k, v = (tensor.clone().requires_grad_() for tensor in inputs)
+        return torch.autograd.grad(flash_attn_func(q, k, v).square().sum(), (q, k, v))
 
     want = gradients()
     with pytest.MonkeyPatch.context() as patch, trace() as calls:
