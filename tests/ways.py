@@ -53,7 +53,7 @@ class Way:
 
     def arithmetic(self, dtype: torch.dtype) -> Arithmetic:
         """How the tier computes in `dtype`."""
-        weights = dtype if self.tier == "simdgroup" else torch.float32
+        weights = dtype if self.tier in ("simdgroup", "decode") else torch.float32
         return Arithmetic(self.is_metal, weights)
 
     @contextlib.contextmanager

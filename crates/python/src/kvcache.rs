@@ -5,10 +5,11 @@
 mod call;
 mod contents;
 mod engine;
+mod metal;
 mod operator;
 mod overlap;
 
-use mtlflashattn_core::{self as core, Planner, Tier};
+use mtlflashattn_core::{self as core, Demotions, Planner, Tier};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -17,6 +18,7 @@ use pyo3::types::{PyDict, PyTuple};
 use self::call::{CacheCall, CacheNumbers, Names, check_splits, check_types, describe};
 use self::contents::Contents;
 use self::engine::Engine;
+use self::metal::MetalCall;
 use crate::arguments;
 use crate::call::{Numbers, Slot, Tensors};
 use crate::error::{Error, Result, guard};
@@ -217,6 +219,14 @@ fn execute<'py>(
         overlap::check(names, &objects, views)?;
     }
     let settings = settings::current(py)?;
+    let mut demotions = Demotions::default();
+    if let Some(device) = settings.metal_device(views.q().place) {
+        let (objects, cached, resolved) = (&objects, &cached, &settings);
+        let call = MetalCall { torch, names, objects, views, cached, device, resolved, want_lse };
+        if let Some(results) = call.serve(py, &mut demotions)? {
+            return Ok(results.into_python(py)?);
+        }
+    }
     let contents = Contents::read(torch, names, &objects, views, &cached)?;
     let problem = &cached.described.problem.with_longest_keys(&contents.buffers());
     let isa = settings.isa()?;
@@ -226,7 +236,7 @@ fn execute<'py>(
         (None, Place::Cpu) => cpu_device(isa, threads),
         _ => core::Device::Torch,
     };
-    let planner = Planner::new(device, &settings.values);
+    let planner = Planner { demotions: &demotions, ..Planner::new(device, &settings.values) };
     let plan = planner.plan(problem)?;
     let form = form(objects.get(Slot::CuSeqlensQ).is_some());
     let results = allocate(torch, form, &objects, &cached.described, want_lse)?;

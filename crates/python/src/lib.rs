@@ -1,7 +1,6 @@
 //! The extension module `metal_flash_attn._native`: torch tensors in, plans executed, torch tensors out.
 #![allow(missing_docs, reason = "nobody links against this crate; its Python face is documented in _native.pyi")]
 
-#[allow(dead_code, reason = "flash_attn_with_kvcache calls it where caches are dispatched")]
 mod append;
 mod arguments;
 mod backward;

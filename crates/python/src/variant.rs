@@ -13,7 +13,6 @@ pub enum AnyKernel {
     Backward(BackwardKernel),
     /// What merges the splits of a decode kernel.
     Merge(MergeKernel),
-    #[allow(dead_code, reason = "as in append.rs")]
     Append(AppendKernel),
 }
 

@@ -150,10 +150,11 @@ impl<'a> Planner<'a> {
         let plan = Plan::of(tier);
         match (tier, self.device) {
             (Tier::Torch, _) => Ok(plan),
-            (
-                Tier::Decode | Tier::Tensorops | Tier::TensoropsStaged | Tier::Simdgroup | Tier::Scalar,
-                Device::Metal(_),
-            ) if problem.cache.is_some() => Err(Reason::NoCache),
+            (Tier::Tensorops | Tier::TensoropsStaged | Tier::Simdgroup | Tier::Scalar, Device::Metal(_))
+                if problem.cache.is_some() =>
+            {
+                Err(Reason::NoCache)
+            }
             (Tier::Cpu, Device::Cpu { panel_rows, decode_rows, threads }) => {
                 Ok(Plan { cpu: Some(CpuTile::new(problem, panel_rows, decode_rows, threads)), ..plan })
             }
