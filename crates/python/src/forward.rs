@@ -64,10 +64,13 @@ pub fn forward<'py>(
         ]);
         let mut views = Tensors::none();
         let is_direct = read_direct(py, torch, &tensors, &mut views)?;
+        if !is_direct {
+            tensors.check_types(torch, form)?;
+        }
         let rng_state = if drops { Some(draw(tensors.q(), is_direct)?) } else { None };
         let rng = rng_state.as_ref();
         let results = if !is_direct {
-            call_operator(py, torch, form, &numbers, &tensors, rng, want_lse)?
+            call_operator(py, form, &numbers, &tensors, rng, want_lse)?
         } else if tensors.need_gradients(torch)? {
             call_autograd(py, packing, form, &numbers, &tensors, rng, want_lse)?
         } else {
@@ -120,7 +123,6 @@ fn draw<'py>(q: &Bound<'py, PyAny>, is_direct: bool) -> Result<Bound<'py, PyAny>
 /// Sends the call through `torch.ops.mtlflashattn.forward`.
 fn call_operator<'py>(
     py: Python<'py>,
-    torch: &Torch,
     form: Form,
     numbers: &Numbers,
     tensors: &Tensors<Bound<'py, PyAny>>,
@@ -129,7 +131,6 @@ fn call_operator<'py>(
 ) -> Result<Bound<'py, PyAny>> {
     static CHECK: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     static DISPATCH: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    tensors.check_types(torch, form)?;
     let check_tensor = CHECK.import(py, "metal_flash_attn._ops", "check_tensor")?;
     for (slot, tensor) in tensors.present() {
         check_tensor.call1((form.public_name(slot.name()), tensor))?;

@@ -142,6 +142,7 @@ impl AppendRun {
         reference(problem, &self.append, &inputs, &mut q, &mut keys, &mut values);
         let cache = problem.cache.expect("a cache");
         let sizes = |dim| [cache.blocks(), cache.block_len(), self.case.key_heads, dim];
+        let turn = largest(&self.cos.exact).max(largest(&self.sin.exact));
         compare(
             dtype,
             "k_cache",
@@ -150,6 +151,7 @@ impl AppendRun {
             sizes(self.case.head_dim),
             &self.run.k.strides,
             &keys,
+            (largest(&self.new_keys.exact) * turn).sqrt(),
         )?;
         compare(
             dtype,
@@ -159,6 +161,7 @@ impl AppendRun {
             sizes(self.case.value_dim),
             &self.run.v.strides,
             &values,
+            0.0,
         )?;
         if self.append.rotary.is_none() {
             return Ok(());
@@ -168,11 +171,18 @@ impl AppendRun {
             q[end as usize * problem.query_heads * problem.head_dim..].fill(f64::NAN);
         }
         let before = hole(dtype).repeat(extent(self.query_sizes(), self.rotated_strides));
-        compare(dtype, "q", &before, &got.rotated, self.query_sizes(), &self.rotated_strides, &q)
+        let most = (largest(&self.run.q.exact) * turn).sqrt();
+        compare(dtype, "q", &before, &got.rotated, self.query_sizes(), &self.rotated_strides, &q, most)
     }
 }
 
-/// Requires the elements of a tensor to be `exact` but for rounding, and all other memory to be what it was.
+fn largest(values: &[f64]) -> f64 {
+    values.iter().fold(0.0, |most, value| value.abs().max(most))
+}
+
+/// Requires the elements of a tensor to be `exact` but for rounding, and all other memory to be what it was. Products of
+/// its rotation have a magnitude of up to `most^2`.
+#[expect(clippy::too_many_arguments, reason = "two tensors of one layout, and their names")]
 fn compare(
     dtype: Dtype,
     name: &str,
@@ -181,6 +191,7 @@ fn compare(
     sizes: [usize; 4],
     tensor_strides: &[i64],
     exact: &[f64],
+    most: f64,
 ) -> Result<(), String> {
     let size = dtype.size();
     let strides: [i64; 4] = tensor_strides.try_into().expect("four dimensions");
@@ -188,7 +199,7 @@ fn compare(
     for (i, (at, &exact)) in positions(sizes, strides).zip(exact).enumerate() {
         let range = at * size..(at + 1) * size;
         let value = decode(dtype, &got[range.clone()]);
-        let bound = rotation_bound(dtype, exact, 2.0);
+        let bound = rotation_bound(dtype, exact, most);
         let is_same = got[range.clone()] == before[range.clone()];
         let is_right = (value - exact).abs() <= bound || exact.is_nan() && is_same;
         if !is_right {
