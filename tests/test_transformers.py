@@ -12,21 +12,8 @@ import transformers
 from metal_flash_attn import attention, trace
 from metal_flash_attn.integrations import transformers as adapter
 from metal_flash_attn.integrations._window_mask import WindowMask, window_mask
+from small_models import SMALL
 from torch import Tensor
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
 
 
 @pytest.fixture(autouse=True)
