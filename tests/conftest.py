@@ -78,6 +78,8 @@ def child() -> Child:
     ) -> subprocess.CompletedProcess[str]:
         cache = "MTLFLASHATTN_CACHE"
         inherited = {k: v for k, v in os.environ.items() if k == cache or not _is_setting(k)}
+        if "PYTHONPATH" in env and "PYTHONPATH" in inherited:
+            env["PYTHONPATH"] += os.pathsep + inherited["PYTHONPATH"]
         process = subprocess.run(
             [*under, sys.executable, "-c", code],
             env={**inherited, **env},

@@ -18,8 +18,11 @@ from metal_flash_attn import (
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+    merge_states,
     plan,
 )
+from metal_flash_attn.shim.flash_attn.layers import rotary
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -89,6 +92,26 @@ def strange_offsets() -> list[Any]:
     return offsets
 
 
+def strange_tables() -> list[Any]:
+    """What could be a block table of two sequences."""
+    most, least = 2**31 - 1, -(2**31)
+    values = [
+        [[0, 1], [2, 3]],
+        [[0, 0], [0, 0]],
+        [[3, 4], [-1, 0]],
+        [[most, 0], [least, 1]],
+        [[0, 1]],
+    ]
+    tables: list[Any] = [torch.tensor(value, dtype=torch.int32) for value in values]
+    tables += [tables[0].long(), tables[0].flip(1), tables[0].to("meta"), tables[0][:, :0]]
+    tables += [
+        torch.zeros(1, dtype=torch.int32).expand(2, 2**20),
+        tables[0].t(),
+        tables[0][..., None],
+    ]
+    return [*tables, None, [[0, 1], [2, 3]], "t"]
+
+
 def strange_extras() -> list[Any]:
     """What could be slopes, biases, masks or sinks."""
     extras: list[Any] = [torch.ones(shape) for shape in [(4,), (2, 4), (), (5, 5), (2, 4, 5, 5)]]
@@ -149,8 +172,81 @@ def survive(seed: int, rounds: int = 1000) -> None:
         lengths: list[Any] = [*chance.choices(strange_offsets()[:6], k=2), 10, 10]
         lengths[chance.randrange(4)] = chance.choice([*strange_offsets(), *NUMBERS])
         attempt(flash_attn_varlen_func, q, k, v, *lengths, **_options(chance))
+        _call_caches(chance, attempt, tensors)
+        _call_rotary(chance, attempt, tensors)
+        _call_merge(chance, attempt, tensors)
     assert min(attempt.outcomes.values()) > 0.3 * rounds, attempt.outcomes
     print("survived", dict(attempt.outcomes))
+
+
+def _call_caches(chance: random.Random, attempt: Attempts, tensors: Sequence[Any]) -> None:
+    """Calls with a cache, mostly with one strange argument. What is refused writes nothing."""
+    paged = chance.random() < 0.5
+    k_cache, v_cache = torch.ones(2, 5 if paged else 4, 20 - 4 * paged, 2, 8)
+    new = torch.randn(2, 2, 2, 8) if chance.random() < 0.7 else None
+    angles = torch.randn(40, 4) if new is not None and chance.random() < 0.5 else None
+    arguments: dict[str, Any] = {"q": torch.randn(2, 3, 4, 8)}
+    arguments |= {"k_cache": k_cache, "v_cache": v_cache, "k": new, "v": new}
+    arguments |= {"rotary_cos": angles, "rotary_sin": angles, "causal": chance.random() < 0.5}
+    arguments["cache_seqlens"] = torch.tensor([5, 9], dtype=torch.int32)
+    which = "block_table" if paged else "cache_batch_idx"
+    arguments[which] = torch.tensor([[0, 1], [2, 3]] if paged else [3, 1], dtype=torch.int32)
+    integers = [*strange_offsets(), *NUMBERS]
+    strange: dict[str, Sequence[Any]] = {
+        **dict.fromkeys(("q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin"), tensors),
+        **dict.fromkeys(("cache_seqlens", "cache_batch_idx", "cache_leftpad"), integers),
+        "block_table": strange_tables(),
+        "alibi_slopes": strange_extras(),
+        "window_size": WINDOWS,
+        **dict.fromkeys(("num_splits", "softcap", "softmax_scale"), NUMBERS),
+    }
+    for name in chance.choices(list(strange), k=chance.choice([0, 1, 1, 1, 2])):
+        arguments[name] = chance.choice(strange[name])
+    refused = attempt.outcomes["refused"]
+    attempt(flash_attn_with_kvcache, **arguments)
+    if attempt.outcomes["refused"] > refused:
+        assert torch.cat([k_cache, v_cache]).eq(1).all(), arguments
+    q, k, v = _first_sequence(arguments["q"]), arguments["k_cache"], arguments["v_cache"]
+    lengths: list[Any] = [
+        torch.tensor(value, dtype=torch.int32) for value in ([0, 2, 3], [0, 20, 32])
+    ]
+    lengths += [3, 20]
+    if chance.random() < 0.3:
+        lengths[chance.randrange(4)] = chance.choice(integers)
+    table = arguments.get("block_table", chance.choice(strange_tables()))
+    attempt(flash_attn_varlen_func, q, k, v, *lengths, block_table=table, **_options(chance))
+
+
+def _call_rotary(chance: random.Random, attempt: Attempts, tensors: Sequence[Any]) -> None:
+    """Rotations with mostly one strange argument."""
+    table = torch.randn(16, 4)
+    shape = chance.choice([(2, 5, 4, 8), (2, 5, 3, 4, 8), (2, 5, 2, 4, 8)])
+    call = {3: rotary.apply_rotary_emb_qkv_, 2: rotary.apply_rotary_emb_kv_}.get(shape[2])
+    arguments: list[Any] = [torch.randn(shape), table, table]
+    options: dict[str, Any] = {"interleaved": chance.choice([True, False, None])}
+    if chance.random() < 0.7:
+        arguments[chance.randrange(3)] = chance.choice(tensors)
+    if chance.random() < 0.3:
+        options["seqlen_offsets"] = chance.choice([*strange_offsets(), *NUMBERS])
+    if call is None:
+        call = rotary.apply_rotary_emb
+        options["inplace"] = chance.choice([True, False])
+        if chance.random() < 0.3:
+            arguments[0] = _first_sequence(arguments[0])
+            options["cu_seqlens"] = chance.choice(strange_offsets())
+            options["max_seqlen"] = chance.choice([5, 5, *NUMBERS])
+    attempt(call, *arguments, **options)
+    module = rotary.RotaryEmbedding(chance.choice([8, 4, 16]), interleaved=chance.random() < 0.5)
+    attempt(module, arguments[0], max_seqlen=chance.choice([None, 5, *NUMBERS[:3], 0.5]))
+
+
+def _call_merge(chance: random.Random, attempt: Attempts, tensors: Sequence[Any]) -> None:
+    """Merges with mostly one strange argument."""
+    parts = zip(torch.randn(2, 2, 5, 4, 8), torch.randn(2, 2, 4, 5), strict=True)
+    arguments: list[Any] = [tensor for part in parts for tensor in part]
+    if chance.random() < 0.7:
+        arguments[chance.randrange(4)] = chance.choice([*tensors, *strange_extras()])
+    attempt(merge_states, *arguments)
 
 
 def _mixed(chance: random.Random, tensors: Sequence[Any]) -> list[Any]:

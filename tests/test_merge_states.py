@@ -164,7 +164,7 @@ OUT, LSE = torch.zeros(2, 5, 3, 4), torch.zeros(2, 3, 5)
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((OUT, LSE, OUT, None), TypeError, "lse_b is NoneType; allowed: a tensor"),
+        ((OUT, LSE, OUT, None), TypeError, "lse_b is a NoneType; allowed: torch.Tensor"),
         ((OUT.int(), LSE, OUT, LSE), TypeError, "out_a is int32; allowed: float32, float16"),
         ((OUT, LSE, OUT.half(), LSE), TypeError, "out_b is float16; allowed: float32, the dtype"),
         ((OUT, LSE.double(), OUT, LSE), TypeError, "lse_a is float64; allowed: float32"),

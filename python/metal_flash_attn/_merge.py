@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._ops import check_tensor
+from ._ops import check_operand
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -66,9 +66,7 @@ def _by_token(rows: Tensor) -> Tensor:
 def _check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
     tensors = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is {type(tensor).__name__}; allowed: a tensor")
-        check_tensor(name, tensor)
+        check_operand(name, tensor)
         if tensor.device != out_a.device:
             raise ValueError(f"{name} is on {tensor.device}; allowed: {out_a.device}, as out_a")
     if out_a.dtype not in _DTYPES:

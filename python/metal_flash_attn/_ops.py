@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from ._dropout import draw as _draw
 from ._dropout import drops
@@ -96,6 +97,30 @@ def check_tensor(name: str, tensor: Any) -> None:
     # Forward mode: a level is open and the tensor carries a tangent.
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
         raise NotImplementedError(_NO_TANGENT.format(name))
+
+
+def check_operand(name: str, value: Any) -> None:
+    """Raises if operations of torch would misread `value`, or end the process over it."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; allowed: torch.Tensor")
+    if is_dynamo_compiling():
+        return  # Nothing is read, and it follows no look at layouts in an autograd.Function.
+    check_tensor(name, value)
+    if _is_freed(value):
+        raise ValueError(
+            f"{name} is a tensor without memory of its own; allowed: tensors whose memory torch "
+            "can hand out"
+        )
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    """Whether the storage of a plain tensor was resized to nothing, as sharding libraries do."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.numel() == 0:
+        return False
+    try:
+        return tensor.untyped_storage().nbytes() == 0
+    except NotImplementedError:  # A wrapper of torch.func.
+        return False
 
 
 def traced(

@@ -250,7 +250,12 @@ def test_it_compiles_without_graph_breaks() -> None:
         ({"seqlen_offsets": -1}, ValueError, ["seqlen_offsets", "from 0 to 3", "got -1"]),
         ({"seqlen_offsets": torch.zeros(3, dtype=torch.int32)}, ValueError, ["(2,)", "(3,)"]),
         ({"seqlen_offsets": torch.zeros(2)}, TypeError, ["seqlen_offsets", "torch.float32"]),
+        ({"seqlen_offsets": 0.5}, TypeError, ["seqlen_offsets", "int", "float"]),
         ({"x": torch.zeros(5, 2, 6), "cu_seqlens": CU_SEQLENS}, ValueError, ["max_seqlen"]),
+        ({"x": [1.0]}, TypeError, ["x is a list", "torch.Tensor"]),
+        ({"x": torch.zeros(2, 3, 2, 6).int()}, TypeError, ["x", "float16", "torch.int32"]),
+        ({"cos": COS.to("meta")}, ValueError, ["cos", "cpu", "meta"]),
+        ({"x": torch.zeros(1, 3, 2, 6).expand(2, -1, -1, -1), "inplace": True}, ValueError, ["x"]),
     ],
 )
 def test_wrong_arguments(

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metal_flash_attn._ops import check_operand
+
 # Relative: the package is served under the name flash_attn.
-from ..ops.triton.rotary import apply_rotary  # noqa: TID252
+from ..ops.triton.rotary import apply_rotary, check_length  # noqa: TID252
 
 __all__ = [
     "ApplyRotaryEmb",
@@ -88,11 +90,12 @@ class ApplyRotaryEmb(torch.autograd.Function):
         max_seqlen: int | None = None,
     ) -> Tensor:
         """Rotate."""
-        _save(ctx, [cos, sin, cu_seqlens], seqlen_offsets)
-        ctx.options = {"interleaved": interleaved, "max_seqlen": max_seqlen}
-        return apply_rotary(
+        rotated = apply_rotary(
             x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace
         )
+        _save(ctx, [cos, sin, cu_seqlens], seqlen_offsets)
+        ctx.options = {"interleaved": interleaved, "max_seqlen": max_seqlen}
+        return rotated
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -126,10 +129,10 @@ class ApplyRotaryEmbQKV_(torch.autograd.Function):  # noqa: N801
         num_heads_q: int | None = None,
     ) -> Tensor:
         """Rotate queries and keys in place."""
-        _save(ctx, [cos, sin, cos_k, sin_k], seqlen_offsets)
-        ctx.interleaved, ctx.num_heads_q = interleaved, num_heads_q
         tables = (cos, sin, cos_k, sin_k)
         _rotate_qkv_(qkv, tables, interleaved, seqlen_offsets, num_heads_q, conjugate=False)
+        _save(ctx, [cos, sin, cos_k, sin_k], seqlen_offsets)
+        ctx.interleaved, ctx.num_heads_q = interleaved, num_heads_q
         return qkv
 
     @staticmethod
@@ -156,13 +159,14 @@ class ApplyRotaryEmbKV_(torch.autograd.Function):  # noqa: N801
         seqlen_offsets: int | Tensor = 0,
     ) -> Tensor:
         """Rotate the keys in place."""
+        check_operand("kv", kv)
         if kv.dim() != 5 or kv.shape[2] != 2:
             raise ValueError(
                 f"kv must be [batch, length, 2, heads, head_dim], got shape {tuple(kv.shape)}"
             )
+        apply_rotary(kv[:, :, 0], cos, sin, seqlen_offsets, interleaved=interleaved, inplace=True)
         _save(ctx, [cos, sin], seqlen_offsets)
         ctx.interleaved = interleaved
-        apply_rotary(kv[:, :, 0], cos, sin, seqlen_offsets, interleaved=interleaved, inplace=True)
         return kv
 
     @staticmethod
@@ -388,11 +392,17 @@ class RotaryEmbedding(nn.Module):
             `qkv`, or the pair of queries and `kv`.
 
         Raises:
-            ValueError: the length of the tables is not known, or as the functions of this module.
+            TypeError, ValueError: a length is no number or not known, or as the functions of this
+                module.
         """
+        check_operand("qkv", qkv)
+        if qkv.dim() not in (4, 5):
+            raise ValueError(f"qkv must have 4 or 5 dimensions, got shape {tuple(qkv.shape)}")
         if max_seqlen is None and not isinstance(seqlen_offset, Tensor):
+            check_length("seqlen_offset", seqlen_offset)
             max_seqlen = qkv.shape[1] + seqlen_offset
         if max_seqlen is not None:
+            check_length("max_seqlen", max_seqlen)
             self._update_cos_sin_cache(max_seqlen, device=qkv.device, dtype=qkv.dtype)
         cos, sin = self._cos_cached, self._sin_cached
         if cos is None or sin is None:
@@ -435,6 +445,7 @@ def _rotate_qkv_(
 
 
 def _queries_and_keys(qkv: Tensor, num_heads_q: int | None) -> tuple[Tensor, Tensor]:
+    check_operand("qkv", qkv)
     shape = tuple(qkv.shape)
     if len(shape) == 5 and shape[2] == 3:
         return qkv[:, :, 0], qkv[:, :, 1]

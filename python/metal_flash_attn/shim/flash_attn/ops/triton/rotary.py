@@ -6,10 +6,16 @@ Su et al., https://arxiv.org/abs/2104.09864: the pair `(a, b)` of a token at pos
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from metal_flash_attn._ops import check_operand
+
 __all__ = ["apply_rotary"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def apply_rotary(
@@ -34,8 +40,8 @@ def apply_rotary(
         sin: as `cos`.
         seqlen_offsets: position of the first token: one int for all sequences, or an int32 or
             int64 tensor `[batch]`.
-        cu_seqlens: int32 `[batch + 1]`, cumulative sequence lengths. Tokens beyond the last stay as
-            they are.
+        cu_seqlens: int32 or int64 `[batch + 1]`, cumulative sequence lengths. Tokens beyond the
+            last stay as they are.
         max_seqlen: longest sequence; wanted with `cu_seqlens`.
         interleaved: pair the features (0, 1), (2, 3), ... instead of the first half of
             `rotary_dim` with the second.
@@ -46,10 +52,17 @@ def apply_rotary(
         A tensor like `x`, or `x` itself with `inplace`.
 
     Raises:
-        TypeError: `seqlen_offsets` is neither an int nor an integer tensor.
-        ValueError: shapes do not fit, or a length exceeds the tables.
+        TypeError: `x` or a table is no tensor of floating-point numbers, `cu_seqlens` none of
+            integers, `max_seqlen` no int, `seqlen_offsets` neither an int nor an integer tensor.
+        ValueError: shapes do not fit, a length exceeds the tables, tensors lie on different
+            devices, or elements of an `x` that is written share memory.
     """
+    _check_tensors(x, cos, sin, cu_seqlens)
+    if inplace:
+        _check_writable(x)
     _check(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
+    if x.numel() == 0:
+        return x if inplace else x.clone()
     positions = _positions(x, seqlen_offsets, cu_seqlens)
     cos, sin = _rows(cos, positions, 1.0), _rows(sin, positions, 0.0)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -99,6 +112,37 @@ def _rows(table: Tensor, positions: Tensor, outside: float) -> Tensor:
     return torch.where(inside.unsqueeze(-1), rows, outside)
 
 
+def _check_tensors(x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> None:
+    for name, tensor in {"x": x, "cos": cos, "sin": sin, "cu_seqlens": cu_seqlens}.items():
+        if tensor is None and name == "cu_seqlens":
+            continue
+        check_operand(name, tensor)
+        allowed = (torch.int32, torch.int64) if name == "cu_seqlens" else _DTYPES
+        if tensor.dtype not in allowed:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+            raise TypeError(f"{name} must have dtype {names}, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on {x.device}, the device of x, got {tensor.device}")
+
+
+def _check_writable(x: Tensor) -> None:
+    shared = any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
+    if shared or x._is_zerotensor():
+        raise ValueError("x must have memory for each element to be written in place")
+
+
+def _check_integer(name: str, value: Any) -> None:
+    if not hasattr(type(value), "__index__"):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
+def check_length(name: str, value: Any) -> None:
+    """Raises if `value` is no number of tokens."""
+    _check_integer(name, value)
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+
+
 def _check(
     x: Tensor,
     cos: Tensor,
@@ -125,7 +169,10 @@ def _check(
         batch, length = x.shape[:2]
     elif max_seqlen is None:
         raise ValueError("max_seqlen must be an int where cu_seqlens is given, got None")
+    elif cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"cu_seqlens must be [batch + 1], got shape {tuple(cu_seqlens.shape)}")
     else:
+        check_length("max_seqlen", max_seqlen)
         batch, length = cu_seqlens.shape[0] - 1, max_seqlen
     if length > cos.shape[0]:
         raise ValueError(f"cos has {cos.shape[0]} positions, a sequence has {length}")
@@ -134,13 +181,16 @@ def _check(
 
 def _check_offsets(offsets: int | Tensor, batch: int, length: int, positions: int) -> None:
     if isinstance(offsets, Tensor):
+        check_operand("seqlen_offsets", offsets)
         if offsets.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"seqlen_offsets must be int32 or int64, got {offsets.dtype}")
         if offsets.shape != (batch,):
             raise ValueError(
                 f"seqlen_offsets must have shape ({batch},), got {tuple(offsets.shape)}"
             )
-    elif offsets < 0 or offsets + length > positions:
+        return
+    _check_integer("seqlen_offsets", offsets)
+    if offsets < 0 or offsets + length > positions:
         raise ValueError(
             f"seqlen_offsets must be from 0 to {positions - length}, so that {length} tokens fit "
             f"into the {positions} positions of cos; got {offsets}"
