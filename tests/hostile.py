@@ -221,15 +221,15 @@ def _call_rotary(chance: random.Random, attempt: Attempts, tensors: Sequence[Any
     """Rotations with mostly one strange argument."""
     table = torch.randn(16, 4)
     shape = chance.choice([(2, 5, 4, 8), (2, 5, 3, 4, 8), (2, 5, 2, 4, 8)])
-    call = {3: rotary.apply_rotary_emb_qkv_, 2: rotary.apply_rotary_emb_kv_}.get(shape[2])
+    packed = {3: rotary.apply_rotary_emb_qkv_, 2: rotary.apply_rotary_emb_kv_}
+    call: Callable[..., Any] = packed.get(shape[2], rotary.apply_rotary_emb)
     arguments: list[Any] = [torch.randn(shape), table, table]
     options: dict[str, Any] = {"interleaved": chance.choice([True, False, None])}
     if chance.random() < 0.7:
         arguments[chance.randrange(3)] = chance.choice(tensors)
     if chance.random() < 0.3:
         options["seqlen_offsets"] = chance.choice([*strange_offsets(), *NUMBERS])
-    if call is None:
-        call = rotary.apply_rotary_emb
+    if shape[2] not in packed:
         options["inplace"] = chance.choice([True, False])
         if chance.random() < 0.3:
             arguments[0] = _first_sequence(arguments[0])

@@ -113,9 +113,10 @@ def _rows(table: Tensor, positions: Tensor, outside: float) -> Tensor:
 
 
 def _check_tensors(x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> None:
-    for name, tensor in {"x": x, "cos": cos, "sin": sin, "cu_seqlens": cu_seqlens}.items():
-        if tensor is None and name == "cu_seqlens":
-            continue
+    tensors = {"x": x, "cos": cos, "sin": sin}
+    if cu_seqlens is not None:
+        tensors["cu_seqlens"] = cu_seqlens
+    for name, tensor in tensors.items():
         check_operand(name, tensor)
         allowed = (torch.int32, torch.int64) if name == "cu_seqlens" else _DTYPES
         if tensor.dtype not in allowed:
