@@ -221,8 +221,9 @@ def _call_rotary(chance: random.Random, attempt: Attempts, tensors: Sequence[Any
     """Rotations with mostly one strange argument."""
     table = torch.randn(16, 4)
     shape = chance.choice([(2, 5, 4, 8), (2, 5, 3, 4, 8), (2, 5, 2, 4, 8)])
+    packed: dict[int, Callable[..., Any]]
     packed = {3: rotary.apply_rotary_emb_qkv_, 2: rotary.apply_rotary_emb_kv_}
-    call: Callable[..., Any] = packed.get(shape[2], rotary.apply_rotary_emb)
+    call = packed.get(shape[2], rotary.apply_rotary_emb)
     arguments: list[Any] = [torch.randn(shape), table, table]
     options: dict[str, Any] = {"interleaved": chance.choice([True, False, None])}
     if chance.random() < 0.7:

@@ -78,6 +78,38 @@ def test_packed_queries_over_pages(way: Way, data: st.DataObject) -> None:
 
 
 @ways
+def test_keys_are_split_as_asked(way: Way) -> None:
+    """By the decode and the panel path of the CPU engine, and by kernels."""
+    generator = torch.Generator().manual_seed(1)
+    for query_len, lengths in [(1, [700, 0]), (5, [700, 131]), (1, 300)]:
+        k_cache, v_cache = torch.randn(2, 2, 720, 2, 16, generator=generator)
+        q = torch.randn(2, query_len, 8, 16, generator=generator)
+        filled = lengths if isinstance(lengths, int) else torch.tensor(lengths).int()
+        outs = []
+        for num_splits in (0, 1, 3, 128):
+            rest = {"cache_seqlens": filled, "causal": True, "num_splits": num_splits}
+            case = Case(q, k_cache, v_cache, [k_cache, v_cache], rest)
+            with way.serves():
+                out, lse = case.run()
+            case.expect(way.arithmetic(q.dtype)).check(out, lse)
+            outs.append(out)
+        # Sums in another order, where keys are split at all.
+        assert torch.equal(outs[1], outs[2]) == (way.tier == "torch")
+
+
+def test_compiled_calls_split_keys_as_asked() -> None:
+    k_cache, v_cache = torch.randn(2, 1, 700, 2, 16)
+    q = torch.randn(1, 1, 8, 16)
+    compiled = torch.compile(flash_attn_with_kvcache, backend="eager", fullgraph=True)
+    one, three = (flash_attn_with_kvcache(q, k_cache, v_cache, num_splits=n) for n in (1, 3))
+    assert not torch.equal(one, three)
+    for num_splits, expected in [(1, one), (3, three)]:
+        assert torch.equal(compiled(q, k_cache, v_cache, num_splits=num_splits), expected)
+    with pytest.raises(ValueError, match="num_splits is 129; allowed: 0 to 128"):
+        compiled(q, k_cache, v_cache, num_splits=129)
+
+
+@ways
 def test_ordinary_rotary_tables_are_rounded_once(way: Way) -> None:
     """Angles as models have them: a rotated key is within one rounding of the exact one."""
     angles = torch.arange(40)[:, None] * 10000.0 ** (-torch.arange(16) / 16)

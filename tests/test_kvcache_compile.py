@@ -14,7 +14,7 @@ ATTEND = torch.ops.mtlflashattn.attend_cached.default
 APPEND = torch.ops.mtlflashattn.append_and_attend.default
 
 # From `cache_len` on.
-NUMBERS = (None, 0, None, None, True, -1, -1, 0.0, False, True)
+NUMBERS = (None, 0, None, None, True, -1, -1, 0.0, False, True, 3)
 
 
 @pytest.fixture(autouse=True)

@@ -442,3 +442,33 @@ def test_paged_keys_of_packed_queries_are_checked() -> None:
     message = r"^v has shape \(6, 16, 2, 16\); allowed: dimension 1 = 20, as in k$"
     with pytest.raises(ValueError, match=message):
         call(table, int32(0, 20, 30), k=torch.zeros(6, 20, 2, 16))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin"])
+def test_no_tensor_loses_its_gradient(name: str, compiled: bool) -> None:
+    arguments = dense()
+    arguments[name] = arguments[name].clone().requires_grad_()
+    call: Any = flash_attn_with_kvcache
+    if compiled:
+        call = torch.compile(call, backend="eager", fullgraph=True)
+    before = arguments["k_cache"].detach().clone()
+    # torch.compile puts the error of an operator into one of its own.
+    error = torch._dynamo.exc.Unsupported if compiled else NotImplementedError
+    with pytest.raises(error, match=f"{name}: a tensor that requires grad"):
+        call(**arguments)
+    assert torch.equal(arguments["k_cache"], before)
+    with torch.no_grad():
+        call(**arguments)
+
+
+def test_slopes_and_pages_of_packed_queries_lose_no_gradient() -> None:
+    cu, pages = int32(0, 2, 5), torch.randn(6, 16, 2, 16)
+    arguments: dict[str, Any] = {"q": torch.randn(5, 4, 16), "k": pages, "v": pages.clone()}
+    arguments |= {"cu_seqlens_q": cu, "cu_seqlens_k": int32(0, 20, 30), "max_seqlen_q": 3}
+    arguments |= {"max_seqlen_k": 20, "block_table": int32([4, 0], [5, 1])}
+    arguments["alibi_slopes"] = torch.rand(4)
+    for name in ("q", "k", "v", "alibi_slopes"):
+        changed = {**arguments, name: arguments[name].clone().requires_grad_()}
+        with pytest.raises(NotImplementedError, match=f"^{name}: a tensor that requires grad"):
+            flash_attn_varlen_func(**changed)

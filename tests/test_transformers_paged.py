@@ -31,6 +31,16 @@ def gemma2() -> Any:
     return transformers.Gemma2ForCausalLM(config)
 
 
+def gpt_oss() -> Any:
+    config = transformers.GptOssConfig(
+        **SMALL, sliding_window=6, num_local_experts=2, num_experts_per_tok=1
+    )
+    model = transformers.GptOssForCausalLM(config)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks)
+    return model
+
+
 def prompts() -> list[list[int]]:
     return [torch.randint(1, 64, (length,)).tolist() for length in LENGTHS]
 
@@ -84,10 +94,11 @@ class Pages:
         return key_states, value_states
 
 
-def test_pages_with_a_block_table_give_the_tokens_of_eager_attention() -> None:
+@pytest.mark.parametrize("build", [llama, gpt_oss])
+def test_pages_with_a_block_table_give_the_tokens_of_eager_attention(build: Any) -> None:
     """Ragged requests advance by one token together, of the prompt or of their own."""
     torch.manual_seed(0)
-    model = llama().eval()
+    model = build().eval()
     texts = prompts()
     expected = eager_tokens(model, texts)
     adapter.use_for_continuous_batching(model)

@@ -18,7 +18,7 @@ _REST = """
     Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, Tensor? sinks,
     SymInt? cache_len, SymInt max_seqlen_q, SymInt? max_seqlen_k, float? softmax_scale,
     bool causal, SymInt window_left, SymInt window_right, float softcap, bool top_left,
-    bool rotary_interleaved"""
+    bool rotary_interleaved, SymInt num_splits"""
 
 _SCHEMAS = (
     f"attend_cached(Tensor q, Tensor k_cache, Tensor v_cache, {_REST}) -> (Tensor out, Tensor lse)",
@@ -77,7 +77,7 @@ def traced(
     return_lse: Any,
 ) -> Any:
     """`_native.attend_cached` in Python that torch.compile can follow."""
-    del caches_named, num_splits
+    del caches_named
     is_tensor = cache_seqlens is None or isinstance(cache_seqlens, Tensor)
     lengths, cache_len = (cache_seqlens, None) if is_tensor else (None, cache_seqlens)
     left, right = window_size
@@ -85,7 +85,7 @@ def traced(
     rest = (
         lengths, cache_batch_idx, cache_leftpad, block_table, cu_seqlens_q, cu_seqlens_k,
         alibi_slopes, sinks, cache_len, max_seqlen_q, max_seqlen_k, softmax_scale, bool(causal),
-        left, right, float(softcap), top_left, bool(rotary_interleaved),
+        left, right, float(softcap), top_left, bool(rotary_interleaved), num_splits,
     )
     # fmt: on
     if k is None and v is None and rotary_cos is None and rotary_sin is None:

@@ -410,7 +410,8 @@ def flash_attn_with_kvcache(
             Pages that get new keys belong to one sequence alone.
         softmax_scale, causal, window_size, softcap, alibi_slopes: see `flash_attn_func`.
         rotary_interleaved: values 0 and 1 of a head are a pair; else 0 and `rotary_dim / 2`.
-        num_splits: 0 to 128, accepted; how keys are split is the planner's choice.
+        num_splits: into how many parts the keys of a sequence are split, as far as they suffice, by
+            engines that split keys: 1 to 128, or 0 for the planner's choice.
         return_softmax_lse: also return the log-sum-exp.
 
     Returns:

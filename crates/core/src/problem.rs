@@ -3,6 +3,8 @@
 #[cfg(test)]
 mod tests;
 
+use std::num::NonZeroUsize;
+
 use crate::cache::{self, Cache, CacheOptions, Queries};
 use crate::{Alignment, Dropout, Dtype, Error, Mask, Result};
 
@@ -217,6 +219,8 @@ pub struct Options<'a> {
     pub sinks: Option<(&'a [i64], &'a [i64])>,
     /// What is dropped; not together with a softcap, as in `flash_attn`.
     pub dropout: Option<Dropout>,
+    /// Into how many parts the keys of a sequence are split.
+    pub splits: Option<NonZeroUsize>,
 }
 
 /// One valid attention call.
@@ -251,6 +255,9 @@ pub struct Problem {
     pub sinks: Option<i64>,
     /// Which weights are dropped, after the softmax. Of this only whether there is any may matter to plans and kernels.
     pub dropout: Option<Dropout>,
+    /// Into how many parts the keys of a sequence are split, as far as there are keys for as many and the engine splits
+    /// keys at all; `None` leaves it to the planner.
+    pub splits: Option<NonZeroUsize>,
     /// Strides of q.
     pub q: Strides,
     /// Strides of k.
@@ -442,6 +449,7 @@ impl Problem {
             bias: options.bias.map(|b| bias(b, query_heads, &lengths)).transpose()?,
             sinks: options.sinks.map(|s| sinks(s, query_heads)).transpose()?,
             dropout: options.dropout,
+            splits: options.splits,
             q: Strides::of(&q),
             k: Strides::of(&k),
             v: Strides::of(&v),

@@ -247,6 +247,7 @@ pub fn describe(
         bias: bias.map(|(kind, view)| (kind, view.shape(), view.strides())),
         sinks: sinks.map(|view| (view.shape(), view.strides())),
         dropout: numbers.dropout()?,
+        splits: None,
     };
     let problem = if form.varlen {
         let batch = sequences(form, objects, views)?;

@@ -15,7 +15,7 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyTuple};
 
-use self::call::{CacheCall, CacheNumbers, Names, check_splits, check_types, describe};
+use self::call::{CacheCall, CacheNumbers, Names, check_types, describe};
 use self::contents::Contents;
 use self::engine::Engine;
 use self::metal::MetalCall;
@@ -71,12 +71,12 @@ pub fn attend_cached<'py>(
         let form = form(cu_seqlens_q.is_some());
         let common =
             Numbers::read(form, [max_seqlen_q, max_seqlen_q], softmax_scale, causal, window_size, softcap, top_left)?;
-        check_splits(num_splits)?;
         let mut numbers = CacheNumbers {
             common,
             max_key_len: optional_index("max_seqlen_k", max_seqlen_k)?,
             cache_len: None,
             interleaved: arguments::truth("rotary_interleaved", rotary_interleaved)?,
+            splits: arguments::index("num_splits", num_splits, "an integer from 0 to 128")?,
         };
         let want_lse = arguments::truth("return_softmax_lse", return_lse)?;
         let lengths = match cache_seqlens {

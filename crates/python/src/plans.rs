@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::hash::Hash;
+use std::num::NonZeroUsize;
 use std::sync::{Mutex, PoisonError};
 
 use mtlflashattn_core::plan::{Gpu, TunedTiles, Wanted, has_plain_rows};
@@ -31,6 +32,7 @@ struct Key {
     alibi: bool,
     sinks: bool,
     dropout: bool,
+    splits: Option<NonZeroUsize>,
 }
 
 impl Key {
@@ -50,6 +52,7 @@ impl Key {
             alibi: problem.alibi.is_some(),
             sinks: problem.sinks.is_some(),
             dropout: problem.dropout.is_some(),
+            splits: problem.splits,
         }
     }
 }

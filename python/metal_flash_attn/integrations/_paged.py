@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
-from metal_flash_attn.interface import attention, flash_attn_with_kvcache
+from metal_flash_attn._cache_ops import traced
+from metal_flash_attn._native import attend_cached
+from metal_flash_attn.interface import attention
 
 
 def attend_paged(
@@ -67,25 +70,17 @@ def _attend_pages(
     kwargs: dict[str, Any],
 ) -> Tensor:
     """One new token of each request, `[requests, heads, dim]`, over the pages of the cache."""
-    if scores["sinks"] is not None:
-        raise NotImplementedError(
-            "s_aux is not supported together with a block table; set max_blocks_per_request=0 in "
-            "the configuration of continuous batching"
-        )
     requests = q.shape[0]
     # The lengths of transformers count the new token, which is not in the cache yet.
     filled = ends[1 : requests + 1] - ends[:requests] - 1
-    out: Tensor = flash_attn_with_kvcache(
-        q.unsqueeze(1),
-        kwargs["k_cache"],
-        kwargs["v_cache"],
-        k.unsqueeze(1),
-        v.unsqueeze(1),
-        cache_seqlens=filled.to(torch.int32),
-        block_table=kwargs["block_table"][:requests],
-        softmax_scale=scores["softmax_scale"],
-        softcap=scores["softcap"],
-        window_size=scores["window_size"],
-        causal=True,
+    # The public function has no sinks.
+    attend = traced if is_dynamo_compiling() else attend_cached
+    # fmt: off
+    out: Tensor = attend(
+        True, q.unsqueeze(1), kwargs["k_cache"], kwargs["v_cache"], k.unsqueeze(1), v.unsqueeze(1),
+        None, None, filled.to(torch.int32), None, None, kwargs["block_table"][:requests], None,
+        None, 0, None, scores["softmax_scale"], True, scores["window_size"], scores["softcap"],
+        True, None, scores["sinks"], False, 0, False,
     )
+    # fmt: on
     return out

@@ -38,6 +38,17 @@ impl Problem {
     pub fn with_longest_keys(&self, buffers: &CacheBuffers<'_>) -> Self {
         let Some(cache) = &self.cache else { return *self };
         let longest = (0..self.lengths.batch()).map(|sequence| cache.key_len(buffers, sequence)).max().unwrap_or(0);
+        self.with_key_len(longest)
+    }
+
+    /// The same problem with sequences of keys that fill its cache: a plan for it suits the cache however full it is, but
+    /// for how keys are split.
+    #[must_use]
+    pub fn with_full_cache(&self) -> Self {
+        self.cache.map_or(*self, |cache| self.with_key_len(cache.capacity()))
+    }
+
+    fn with_key_len(&self, longest: usize) -> Self {
         let mut lengths = self.lengths;
         match &mut lengths {
             Lengths::Dense { key_len, .. } => *key_len = longest,

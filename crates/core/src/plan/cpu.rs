@@ -1,5 +1,7 @@
 //! How the CPU engine cuts a problem.
 
+use std::num::NonZeroUsize;
+
 use crate::{Lengths, Problem};
 
 /// Loop structure of the CPU engine.
@@ -74,6 +76,7 @@ fn split_keys(problem: &Problem, panel_rows: usize) -> usize {
         Lengths::Packed { batch, .. } => batch.min(8),
     };
     let tasks = sequences * problem.key_heads * rows.div_ceil(4 * panel_rows);
-    let splits = TARGET_TASKS.div_ceil(tasks.max(1)).min(key_len / MIN_SPLIT_KEYS).max(1);
+    let worthwhile = || TARGET_TASKS.div_ceil(tasks.max(1)).min(key_len / MIN_SPLIT_KEYS).max(1);
+    let splits = problem.splits.map_or_else(worthwhile, NonZeroUsize::get);
     key_len.div_ceil(splits).next_multiple_of(KEY_BLOCK).max(KEY_BLOCK)
 }

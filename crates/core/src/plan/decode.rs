@@ -191,10 +191,14 @@ pub(super) fn refuses(problem: &Problem, gpu: &Gpu, forced: bool) -> Option<Reas
 }
 
 /// Into how many parts the keys of each sequence of `problem` are split on a GPU with `cores` cores: enough to fill it,
-/// unless a part would have too few keys.
+/// unless a part would have too few keys; where the problem says how many, as many as have keys.
 #[must_use]
 pub fn splits(problem: &Problem, tile: &MetalTile, cores: usize) -> usize {
     let Problem { dtype, head_dim, value_dim, key_heads, lengths, .. } = *problem;
+    let turn = if tile.staged { tile.keys } else { tile.keys * tile.simdgroups };
+    if let Some(splits) = problem.splits {
+        return splits.get().min(visible_span(problem).div_ceil(turn)).clamp(1, MOST_SPLITS);
+    }
     let row_groups = packed_rows(problem).div_ceil(group_rows(tile)).max(1);
     let sequences = match lengths {
         Lengths::Dense { batch, .. } => batch,
@@ -206,7 +210,6 @@ pub fn splits(problem: &Problem, tile: &MetalTile, cores: usize) -> usize {
     // Written once and read once: values, maximum and sum.
     let partial = 2 * packed_rows(problem) * (value_dim + 2) * size_of::<f32>();
     let repays = (KEYS_PER_PARTIAL * partial).div_ceil((head_dim + value_dim) * dtype.size());
-    let turn = if tile.staged { tile.keys } else { tile.keys * tile.simdgroups };
     let fewest = repays.max(FEWEST_SPLIT_KEYS).next_multiple_of(turn);
     wanted.min(visible_span(problem) / fewest).clamp(1, MOST_SPLITS)
 }

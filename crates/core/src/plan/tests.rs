@@ -1,5 +1,7 @@
 mod tuned;
 
+use std::num::NonZeroUsize;
+
 use proptest::prelude::*;
 
 use super::cpu::{MAX_PANELS, MIN_SPLIT_KEYS, TARGET_TASKS};
@@ -100,6 +102,13 @@ fn keys_are_split_where_there_are_too_few_rows_to_share() {
     assert!(split([1, 1, 1, 64], [1500, 1]) >= 1500);
     // Enough rows: nothing is split.
     assert!(split([8, 4096, 8, 64], [65_536, 8]) >= 65_536);
+    // As many splits as are asked for, where there is a block of keys for each.
+    let asked = |key_len, splits| {
+        let problem = Problem { splits: NonZeroUsize::new(splits), ..problem([8, 4096, 8, 64], [key_len, 8], false) };
+        (key_len as usize).div_ceil(CpuTile::new(&problem, 24, 8, 2).split_keys)
+    };
+    assert_eq!([1, 4, 128].map(|splits| asked(65_536, splits)), [1, 4, 128]);
+    assert_eq!([1, 2, 128].map(|splits| asked(300, splits)), [1, 2, 3]);
 }
 
 proptest! {

@@ -294,6 +294,7 @@ impl Run {
             bias: kind.map(|kind| (kind, bias_shape.as_slice(), bias_strides.as_slice())),
             sinks: case.sinks.then_some((&sink_shape, &[1])),
             dropout: if case.softcap > 0.0 { None } else { Dropout::new(case.dropout, case.seed, !case.seed).unwrap() },
+            splits: None,
         };
         let (qm, km, vm) = (q.meta(case.dtype), k.meta(case.dtype), v.meta(case.dtype));
         let max = |pick: fn(&(usize, usize)) -> usize| case.lengths.iter().map(pick).max().unwrap_or(0) as i64;

@@ -100,6 +100,7 @@ impl Given {
             sinks: sinks.as_ref().map(|sinks| (&*sinks.shape, &*sinks.strides)),
             // Seed and offset have bits in both halves.
             dropout: if dropout { Dropout::new(0.3, 0x9876_5432_1012_3456, 0x1234_5678_9abc_def0)? } else { None },
+            splits: None,
         };
         let metas = [&q_memory, &k_memory, &v_memory].map(|memory| memory.meta(dtype));
         let problem = if packed {

@@ -1,5 +1,7 @@
 //! One call over a cache: its arguments as Rust values, and the problem they form.
 
+use std::num::NonZeroUsize;
+
 use mtlflashattn_core as core;
 use mtlflashattn_core::{Alignment, Append, CacheOptions, LengthsArgument, Options, Pairs, Problem, RotaryOptions};
 use pyo3::prelude::*;
@@ -21,6 +23,8 @@ pub struct CacheNumbers {
     pub cache_len: Option<i64>,
     /// `rotary_interleaved`.
     pub interleaved: bool,
+    /// `num_splits`; 0 leaves it to the planner.
+    pub splits: i64,
 }
 
 /// What callers of a function call the caches.
@@ -63,11 +67,11 @@ impl Names {
     }
 }
 
-/// `num_splits`, of which engines make nothing: how keys are split changes how a result is rounded, and plans decide it.
-pub fn check_splits(num_splits: &Bound<'_, PyAny>) -> Result<()> {
+/// `num_splits` as the core takes it.
+fn splits(num_splits: i64) -> Result<Option<NonZeroUsize>> {
     const MAX_SPLITS: i64 = 128;
-    match arguments::index("num_splits", num_splits, "an integer from 0 to 128")? {
-        0..=MAX_SPLITS => Ok(()),
+    match num_splits {
+        0..=MAX_SPLITS => Ok(NonZeroUsize::new(num_splits as usize)),
         other => Err(Error::Problem(core::Error::Value {
             argument: "num_splits",
             got: other.to_string(),
@@ -115,6 +119,7 @@ pub fn describe(
         softcap: common.softcap,
         alibi_slopes: slopes.map(|view| (view.shape(), view.strides())),
         sinks: sinks.map(|view| (view.shape(), view.strides())),
+        splits: splits(numbers.splits)?,
         ..Options::default()
     };
     let cache = cache_options(names, numbers, objects, views)?;

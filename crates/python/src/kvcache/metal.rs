@@ -1,6 +1,7 @@
 //! Attention over a cache by Metal kernels: one launch that appends, then those of the decode tier. On MPS nothing is read
 //! on the host: kernels bring what wrong contents claim back into the tensors.
 
+use mtlflashattn_core::plan::decode;
 use mtlflashattn_core::{CacheLengths, Demotions, Device, Planner, Problem, Strides, Tier};
 use mtlflashattn_metal::{AppendTensors, CacheTensors, RotaryTensors, Tensors as LaunchTensors};
 use pyo3::intern;
@@ -36,14 +37,19 @@ impl<'py> MetalCall<'_, 'py> {
         let Self { torch, objects, cached, device, resolved, .. } = *self;
         let problem = &cached.described.problem;
         let gpu = device.gpu(py)?;
-        let plan = resolved.plans.get(problem, gpu, &resolved.values, resolved.tuned(py, device)?)?;
+        // Kept plans would not be found again if they were made for caches that fill from call to call.
+        let full = problem.with_full_cache();
+        let mut plan = resolved.plans.get(&full, gpu, &resolved.values, resolved.tuned(py, device)?)?;
         let Some(kernel) = kernel_of(&plan, problem, self.want_lse).filter(|_| plan.tier == Tier::Decode) else {
             return Ok(None);
         };
+        let mut known = *problem;
         if device == MetalDevice::Simulator {
             // Reading CPU tensors costs nothing.
-            Contents::read(torch, self.names, objects, self.views, cached)?;
+            let contents = Contents::read(torch, self.names, objects, self.views, cached)?;
+            known = problem.with_longest_keys(&contents.buffers());
         }
+        plan.splits = decode::splits(&known, &kernel.tile, gpu.cores);
         let form = form(objects.get(Slot::CuSeqlensQ).is_some());
         let results = allocate(torch, form, objects, &cached.described, self.want_lse)?;
         let operands = self.operands(&results)?;

@@ -33,7 +33,7 @@ pub fn to_python<'py>(
     numbers: &CacheNumbers,
     tensors: &Tensors<Bound<'py, PyAny>>,
 ) -> Result<Bound<'py, PyTuple>> {
-    let CacheNumbers { common, max_key_len, cache_len, interleaved } = *numbers;
+    let CacheNumbers { common, max_key_len, cache_len, interleaved, splits } = *numbers;
     let Numbers { max_seqlen, softmax_scale, causal, window, softcap, top_left, .. } = common;
     let rest = (
         cache_len,
@@ -46,6 +46,7 @@ pub fn to_python<'py>(
         softcap,
         top_left,
         interleaved,
+        splits,
     );
     let first = PyTuple::new(py, TENSORS.map(|slot| tensors.get(slot)))?;
     Ok(first.as_sequence().concat(rest.into_pyobject(py)?.as_sequence())?.to_tuple()?)
@@ -67,8 +68,8 @@ pub fn from_python<'py>(arguments: &Bound<'py, PyTuple>) -> PyResult<(CacheNumbe
     let max_key_len = next()?.extract()?;
     let (softmax_scale, causal) = (next()?.extract()?, next()?.extract()?);
     let (window, softcap) = ((next()?.extract()?, next()?.extract()?), next()?.extract()?);
-    let (top_left, interleaved) = (next()?.extract()?, next()?.extract()?);
+    let (top_left, interleaved, splits) = (next()?.extract()?, next()?.extract()?, next()?.extract()?);
     let common =
         Numbers { max_seqlen, softmax_scale, causal, window, softcap, top_left, dropout_p: 0.0, rng_state: [0; 2] };
-    Ok((CacheNumbers { common, max_key_len, cache_len, interleaved }, tensors))
+    Ok((CacheNumbers { common, max_key_len, cache_len, interleaved, splits }, tensors))
 }

@@ -269,6 +269,7 @@ impl Run {
             bias: case.bias.map(|kind| (kind, bias_shape.as_slice(), bias_strides.as_slice())),
             sinks: case.sinks.then_some((&sink_shape, &[1])),
             dropout: Dropout::new(case.dropout, case.seed, !case.seed).expect("a probability"),
+            splits: None,
         };
         let (qm, km, vm) = (q.meta(case.dtype), k.meta(case.dtype), v.meta(case.dtype));
         let max =

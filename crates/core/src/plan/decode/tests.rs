@@ -1,3 +1,5 @@
+use std::num::NonZeroUsize;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -98,6 +100,19 @@ fn hidden_keys_make_no_splits() {
     assert_eq!(splits(&problem, &tile, 8), 4);
     problem.mask.left = Some(600);
     assert_eq!(splits(&problem, &tile, 8), 2);
+}
+
+#[test]
+fn as_many_splits_as_asked_for_if_they_have_keys() {
+    let split = |key_len, asked| {
+        let problem = problem(Dtype::F16, [1, 1, 32, 128], [key_len, 8]);
+        let tile = tile("m1", &problem);
+        (splits(&Problem { splits: NonZeroUsize::new(asked), ..problem }, &tile, 8), tile.keys * tile.simdgroups)
+    };
+    assert_eq!([1, 3, 128, 1000].map(|asked| split(65_536, asked).0), [1, 3, 128, MOST_SPLITS]);
+    let (most, turn) = split(300, 128);
+    assert_eq!(most, 300usize.div_ceil(turn));
+    assert_eq!(split(0, 5).0, 1);
 }
 
 proptest! {
