@@ -102,12 +102,7 @@ pub fn forward_part(problem: &Problem, inputs: &ReferenceInputs<'_>, part: usize
         let scores = row.scores(problem, inputs);
         let Some(softmax) = Softmax::new(&scores, row.sink(inputs)) else { continue };
         result.lse[row.lse_index(problem)] = softmax.lse;
-        let out = &mut result.out[row.out_range(problem)];
-        for (score, probability) in scores.iter().zip(&softmax.probabilities) {
-            for (out, value) in out.iter_mut().zip(&inputs.v[row.value_range(problem, score.key)]) {
-                *out += probability * score.kept * value;
-            }
-        }
+        row.add_output(problem, inputs, &scores, &softmax, &mut result.out[row.out_range(problem)]);
     }
     result
 }
@@ -229,6 +224,20 @@ impl Row {
         visible.map(|key| self.score(problem, inputs, key)).filter(|score| score.bias != f64::NEG_INFINITY).collect()
     }
 
+    /// Adds the weighted values to `out`.
+    fn add_output(
+        &self,
+        problem: &Problem,
+        inputs: &ReferenceInputs<'_>,
+        scores: &[Score],
+        softmax: &Softmax,
+        out: &mut [f64],
+    ) {
+        for (score, probability) in scores.iter().zip(&softmax.probabilities) {
+            add_scaled(out, probability * score.kept, &inputs.v[self.value_range(problem, score.key)]);
+        }
+    }
+
     fn score(&self, problem: &Problem, inputs: &ReferenceInputs<'_>, key: usize) -> Score {
         let (q, k) = (&inputs.q[self.query_range(problem)], &inputs.k[self.key_range(problem, key)]);
         let product = f64::from(problem.scale) * dot(q, k);
@@ -295,6 +304,15 @@ fn rows(problem: &Problem, inputs: &ReferenceInputs<'_>) -> Vec<Row> {
         }
     }
     rows
+}
+
+/// The row of query `query` of sequence `batch` in head `head`.
+///
+/// # Panics
+/// When there is none.
+fn row_at(problem: &Problem, inputs: &ReferenceInputs<'_>, (batch, head, query): (usize, usize, usize)) -> Row {
+    let is_it = |row: &Row| (row.batch, row.head, row.query) == (batch, head, query);
+    rows(problem, inputs).into_iter().find(is_it).expect("a row of the problem")
 }
 
 /// Rows of q that sequence `batch` occupies, and the row of k and v of each of its keys.

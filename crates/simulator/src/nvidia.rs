@@ -55,6 +55,7 @@ driver! {
     cuMemFree = b"cuMemFree_v2\0" (u64);
     cuMemcpyHtoD = b"cuMemcpyHtoD_v2\0" (u64, *const c_void, usize);
     cuMemcpyDtoH = b"cuMemcpyDtoH_v2\0" (*mut c_void, u64, usize);
+    cuMemcpyDtoD = b"cuMemcpyDtoD_v2\0" (u64, u64, usize);
     cuMemsetD8 = b"cuMemsetD8_v2\0" (u64, u8, usize);
     cuEventCreate = b"cuEventCreate\0" (*mut Handle, c_uint);
     cuEventRecord = b"cuEventRecord\0" (Handle, Handle);
@@ -166,6 +167,24 @@ impl Gpu {
     pub fn poisoned(&self, bytes: usize) -> Result<Memory, DeviceError> {
         let memory = self.allocate(bytes)?;
         memory.poison()?;
+        Ok(memory)
+    }
+
+    /// Memory of so many bytes that holds `values` again and again.
+    ///
+    /// # Errors
+    /// [`DeviceError::Memory`].
+    pub fn repeated<T: Element>(&self, values: &[T], bytes: usize) -> Result<Memory, DeviceError> {
+        let (memory, once) = (self.allocate(bytes)?, self.upload(values)?);
+        let len = size_of_val(values).max(1);
+        for start in (0..bytes).step_by(len) {
+            let (to, from) = (memory.0.address + start as u64, once.0.address);
+            // SAFETY: both sides have as many bytes.
+            self.call(|driver| unsafe { (driver.cuMemcpyDtoD)(to, from, len.min(bytes - start)) })
+                .map_err(DeviceError::Memory)?;
+        }
+        // The copies are over before `once` is freed.
+        self.synchronize().map_err(DeviceError::Memory)?;
         Ok(memory)
     }
 

@@ -67,7 +67,7 @@ use std::f64::consts::{LN_2, LOG2_E};
 
 pub use gradients::gradient_bounds;
 
-use super::{Forward, ReferenceInputs, Row, Score, Softmax, forward, rows};
+use super::{Forward, ReferenceInputs, Row, Score, Softmax, forward, row_at, rows};
 use crate::{Dtype, Problem};
 
 /// Unit roundoff of float32.
@@ -227,18 +227,63 @@ pub fn error_bounds_of(arithmetic: Arithmetic, problem: &Problem, inputs: &Refer
     let mut bounds = Bounds { out: vec![0.0; exact.len()], lse: vec![0.0; lse.len()] };
     for row in rows(problem, inputs) {
         let scores = row.scores(problem, inputs);
-        let sink = row.sink(inputs);
-        let Some(softmax) = Softmax::new(&scores, sink) else { continue };
-        let weights = Weights::new(arithmetic, problem, inputs, &row, &scores, sink, &softmax);
-        bounds.lse[row.lse_index(problem)] = weights.lse_bound(softmax.lse);
+        let Some(softmax) = Softmax::new(&scores, row.sink(inputs)) else { continue };
         let out = row.out_range(problem);
-        for (column, (bound, exact)) in bounds.out[out.clone()].iter_mut().zip(&exact[out]).enumerate() {
-            let value = |score: &Score| score.kept * inputs.v[row.value_range(problem, score.key)][column];
-            let values = scores.iter().map(value);
-            *bound = round_to(problem.dtype, *exact, weights.out_bound(&softmax, values, *exact));
-        }
+        let of_out = &mut bounds.out[out.clone()];
+        bounds.lse[row.lse_index(problem)] =
+            bound_row(arithmetic, problem, inputs, &row, &scores, &softmax, &exact[out], of_out);
     }
     bounds
+}
+
+/// One row of the results, and the bounds of its errors for each of `arithmetics`: for problems too large to compute as a
+/// whole. The row is that of query `place.2` of sequence `place.0` in head `place.1`; results and bounds are those of
+/// [`forward`] and [`error_bounds_of`].
+///
+/// # Panics
+/// When an input does not have the size that `problem` gives it, and when there is no such row.
+#[must_use]
+pub fn row_with_bounds(
+    arithmetics: &[Arithmetic],
+    problem: &Problem,
+    inputs: &ReferenceInputs<'_>,
+    place: (usize, usize, usize),
+) -> (Forward, Vec<Bounds>) {
+    let row = row_at(problem, inputs, place);
+    let scores = row.scores(problem, inputs);
+    let zeros = vec![0.0; problem.value_dim];
+    let mut exact = Forward { out: zeros.clone(), lse: vec![f64::INFINITY] };
+    let mut bounds = vec![Bounds { out: zeros, lse: vec![0.0] }; arithmetics.len()];
+    if let Some(softmax) = Softmax::new(&scores, row.sink(inputs)) {
+        exact.lse[0] = softmax.lse;
+        row.add_output(problem, inputs, &scores, &softmax, &mut exact.out);
+        for (&arithmetic, bounds) in arithmetics.iter().zip(&mut bounds) {
+            let of_out = &mut bounds.out;
+            bounds.lse[0] = bound_row(arithmetic, problem, inputs, &row, &scores, &softmax, &exact.out, of_out);
+        }
+    }
+    (exact, bounds)
+}
+
+/// Bounds the errors of a row whose output is `exact`: writes those of the output, and returns that of the LSE.
+#[allow(clippy::too_many_arguments, reason = "a row with all that it comes from")]
+fn bound_row(
+    arithmetic: Arithmetic,
+    problem: &Problem,
+    inputs: &ReferenceInputs<'_>,
+    row: &Row,
+    scores: &[Score],
+    softmax: &Softmax,
+    exact: &[f64],
+    bounds: &mut [f64],
+) -> f64 {
+    let weights = Weights::new(arithmetic, problem, inputs, row, scores, row.sink(inputs), softmax);
+    for (column, (bound, exact)) in bounds.iter_mut().zip(exact).enumerate() {
+        let value = |score: &Score| score.kept * inputs.v[row.value_range(problem, score.key)][column];
+        let values = scores.iter().map(value);
+        *bound = round_to(problem.dtype, *exact, weights.out_bound(softmax, values, *exact));
+    }
+    weights.lse_bound(softmax.lse)
 }
 
 /// The weights of a row and how far off they may be.

@@ -149,10 +149,20 @@ impl Data {
     }
 }
 
-/// Shapes of the tables: those of the forward pass in half precision, and one longer sequence.
+/// Shapes of the tables: those of the forward pass in half precision, one longer sequence, and two with dropout.
 fn shapes() -> Vec<Shape> {
     let mut shapes: Vec<Shape> = Shape::all().into_iter().filter(|shape| shape.dtype == Dtype::F16).collect();
-    shapes.push(Shape { batch: 1, heads: 16, len: 8192, head_dim: 64, dtype: Dtype::F16, causal: false });
+    let whole = |batch, len, head_dim, dropout| Shape {
+        batch,
+        heads: 16,
+        len,
+        head_dim,
+        dtype: Dtype::F16,
+        causal: false,
+        dropout,
+    };
+    shapes.push(whole(1, 8192, 64, 0.0));
+    shapes.extend([whole(4, 2048, 64, 0.1), whole(4, 2048, 128, 0.1)]);
     shapes
 }
 

@@ -1,21 +1,19 @@
 //! The backward pass against float64, on queries and keys picked at random, and repeat launches against the first ones.
 
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
-
 use mtlflashattn_core::plan::{BackwardPass, BackwardTile, Chip, Gpu as Machine, Wanted as Gradients, backward_passes};
 use mtlflashattn_core::reference::bounds::rounded_gradients::{
-    KeyGradients, Upstream, gradient_bounds_of, key_gradients_of,
+    KeyGradients, QueryGradient, Upstream, key_gradients_of, query_gradient_of,
 };
 use mtlflashattn_core::reference::bounds::{Arithmetic, Bounds};
-use mtlflashattn_core::reference::{Forward, ReferenceInputs, backward, forward, forward_part};
+use mtlflashattn_core::reference::{Forward, ReferenceInputs, forward_part};
 use mtlflashattn_core::{Dtype, Problem};
 use mtlflashattn_metal::{BackwardKernel, BackwardLaunch, BackwardOutputs, BackwardTensors, DeviceError};
 use mtlflashattn_simulator::nvidia::{Gpu, Memory, Program};
 use mtlflashattn_simulator::ptx::FloatProducts;
 
 use crate::Wanted;
-use crate::numerics::{Alone, Case, Data, case};
+use crate::numerics::{Case, Data, case};
+use crate::parallel::in_parallel;
 use crate::programs::{self, Programs};
 use crate::random::{Normals, Random, decode, encode};
 
@@ -34,6 +32,11 @@ pub fn large_cases() -> Vec<Case> {
     cases.push(large(Case { softcap: 5.0, ..case(Dtype::Bf16, &[(2048, 2048)], 80) }));
     let ragged = [(1, 1), (700, 700), (0, 5), (4097, 4097), (33, 1025), (5, 0), (2500, 1200)];
     cases.push(large(Case { causal: true, key_heads: 2, group: 3, ..case(Dtype::F16, &ragged, 64) }));
+    for dtype in [Dtype::F16, Dtype::Bf16, Dtype::F32] {
+        cases.push(large(Case { dropout: 0.1, causal: true, ..case(dtype, &[(8192, 8192)], 64) }));
+    }
+    cases.push(large(Case { dropout: 0.5, group: 2, ..case(Dtype::F16, &[(4097, 8191)], 128) }));
+    cases.push(large(Case { dropout: 0.25, causal: true, key_heads: 2, ..case(Dtype::F16, &ragged, 64) }));
     cases
 }
 
@@ -46,6 +49,9 @@ pub fn small_cases() -> Vec<Case> {
         cases.push(small(case(dtype, &[(150, 99)], 128)));
     }
     cases.push(small(case(Dtype::F16, &[(70, 133)], 256)));
+    for dtype in [Dtype::F16, Dtype::F32] {
+        cases.push(small(Case { dropout: 0.3, causal: true, group: 2, ..case(dtype, &[(133, 261)], 64) }));
+    }
     cases.push(small(Case { window: (40, 3), ..case(Dtype::Bf16, &[(1, 1), (0, 3), (5, 0), (90, 120)], 72) }));
     cases
 }
@@ -152,26 +158,6 @@ struct Key {
     exact: KeyGradients,
 }
 
-/// Calls `work` with the numbers below `count` on all cores.
-fn in_parallel<T: Send>(count: usize, work: impl Fn(usize) -> T + Sync) -> Vec<T> {
-    let (next, results) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
-    std::thread::scope(|scope| {
-        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
-            scope.spawn(|| {
-                loop {
-                    let at = next.fetch_add(1, Ordering::Relaxed);
-                    if at >= count {
-                        break;
-                    }
-                    let result = work(at);
-                    results.lock().expect("no thread panics").push(result);
-                }
-            });
-        }
-    });
-    results.into_inner().expect("no thread panics")
-}
-
 impl<'a> Exact<'a> {
     fn new(case: &'a Case, problem: &'a Problem) -> Self {
         let data = Data::new(case);
@@ -193,8 +179,8 @@ impl<'a> Exact<'a> {
         };
         let (picked_queries, picked_keys) =
             (pick(case.total().0, case.query_heads()), pick(case.total().1, case.key_heads));
-        exact.queries = in_parallel(picked_queries.len(), |at| exact.query(picked_queries[at]));
         let rounding = Bounds::of_rounding(problem, &exact.forward);
+        exact.queries = in_parallel(picked_queries.len(), |at| exact.query(picked_queries[at], &rounding));
         exact.keys = in_parallel(picked_keys.len(), |at| exact.key(picked_keys[at], &rounding));
         exact
     }
@@ -203,21 +189,17 @@ impl<'a> Exact<'a> {
         Arithmetic::metal(self.case.dtype)
     }
 
-    /// Place of a row's LSE: one dense sequence is laid out as packed ones are, `[heads, rows]`.
-    fn lse_at(&self, row: usize, head: usize) -> usize {
-        head * self.case.total().0 + row
+    fn query(&self, (row, head): (usize, usize), rounding: &Bounds) -> Query {
+        let (sequence, query) = self.data.place(self.case, row);
+        let (inputs, place) = (self.data.inputs(), (sequence, head, query));
+        let QueryGradient { query, bounds } =
+            query_gradient_of(self.arithmetic(), self.problem, &inputs, &self.upstream(rounding), &self.forward, place);
+        Query { row, head, exact: query, bounds }
     }
 
-    fn query(&self, (row, head): (usize, usize)) -> Query {
-        let Alone { problem, q, k, v } = self.data.alone(self.case, self.problem, row, head);
-        let inputs = ReferenceInputs { q: &q, k: &k, v: &v, ..ReferenceInputs::default() };
-        let d_out =
-            &self.d_out.exact[(row * self.case.query_heads() + head) * self.case.head_dim..][..self.case.head_dim];
-        let d_lse = self.d_lse.as_ref().map(|d_lse| vec![d_lse.exact[self.lse_at(row, head)]]);
-        let rounding = Bounds::of_rounding(&problem, &forward(&problem, &inputs));
-        let upstream = Upstream { d_out, d_lse: d_lse.as_deref(), forward: &rounding };
-        let bounds = gradient_bounds_of(self.arithmetic(), &problem, &inputs, &upstream).q;
-        Query { row, head, exact: backward(&problem, &inputs, d_out, d_lse.as_deref()).q, bounds }
+    fn upstream<'b>(&'b self, rounding: &'b Bounds) -> Upstream<'b> {
+        let d_lse = self.d_lse.as_ref().map(|d_lse| &*d_lse.exact);
+        Upstream { d_out: &self.d_out.exact, d_lse, forward: rounding }
     }
 
     fn key(&self, (row, head): (usize, usize), rounding: &Bounds) -> Key {
@@ -225,25 +207,10 @@ impl<'a> Exact<'a> {
         let sequence =
             (0..self.case.lengths.len()).find(|&at| row < starts[at + 1] as usize).expect("a key's sequence");
         let key = row - starts[sequence] as usize;
-        let d_lse = self.d_lse.as_ref().map(|d_lse| &*d_lse.exact);
-        let upstream = Upstream { d_out: &self.d_out.exact, d_lse, forward: rounding };
-        let place = (sequence, head, key);
-        let exact =
-            key_gradients_of(self.arithmetic(), self.problem, &self.data.inputs(), &upstream, &self.forward, place);
+        let (inputs, place) = (self.data.inputs(), (sequence, head, key));
+        let upstream = self.upstream(rounding);
+        let exact = key_gradients_of(self.arithmetic(), self.problem, &inputs, &upstream, &self.forward, place);
         Key { row, head, exact }
-    }
-}
-
-impl Data {
-    fn inputs(&self) -> ReferenceInputs<'_> {
-        ReferenceInputs {
-            q: &self.q.exact,
-            k: &self.k.exact,
-            v: &self.v.exact,
-            query_offsets: &self.offsets[0],
-            key_offsets: &self.offsets[1],
-            ..ReferenceInputs::default()
-        }
     }
 }
 

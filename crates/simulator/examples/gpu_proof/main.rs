@@ -9,12 +9,20 @@
 //! - `--numerics`, `--timing`, `--tiles`, `--smoke`, `--profile`: only this part. `--smoke` is small, for
 //!   compute-sanitizer; `--profile` launches each kernel of the timing table three times, for ncu
 //! - `--backward-smoke`, `--backward-numerics`, `--backward-timing`: the same for the backward pass
+//! - `--decode-smoke`, `--decode-numerics`, `--decode-timing`: the same for few queries over caches, and for what is written
+//!   into caches
+//! - `--masks`: the mask of dropout in every kernel, bit by bit
 //! - `--only TEXT`: only kernels in whose line `TEXT` stands, the name of the shape included; several must all stand there
 #![allow(clippy::print_stdout, reason = "prints a report")]
 
+mod appends;
+mod cache_timing;
+mod caches;
 mod gradient_timing;
 mod gradients;
+mod masks;
 mod numerics;
+mod parallel;
 mod peer;
 mod programs;
 mod random;
@@ -51,7 +59,7 @@ impl Wanted {
     }
 }
 
-const PARTS: [&str; 8] = [
+const PARTS: [&str; 12] = [
     "--smoke",
     "--numerics",
     "--timing",
@@ -60,9 +68,21 @@ const PARTS: [&str; 8] = [
     "--backward-smoke",
     "--backward-numerics",
     "--backward-timing",
+    "--masks",
+    "--decode-smoke",
+    "--decode-numerics",
+    "--decode-timing",
 ];
 /// What is run if nothing is asked for.
-const USUAL: [&str; 4] = ["--numerics", "--timing", "--backward-numerics", "--backward-timing"];
+const USUAL: [&str; 7] = [
+    "--numerics",
+    "--timing",
+    "--backward-numerics",
+    "--backward-timing",
+    "--masks",
+    "--decode-numerics",
+    "--decode-timing",
+];
 
 impl Arguments {
     fn parse() -> Result<Self, String> {
@@ -142,6 +162,20 @@ fn run() -> Result<bool, String> {
     }
     if arguments.wants("--backward-timing") {
         gradient_timing::compare(&programs, wanted)?;
+    }
+    if arguments.wants("--masks") {
+        all_right &= masks::run(&programs, wanted)?;
+    }
+    if arguments.wants("--decode-smoke") {
+        all_right &= caches::run(&programs, &caches::small_cases(), wanted)?;
+        all_right &= appends::run(&programs, false, wanted)?;
+    }
+    if arguments.wants("--decode-numerics") {
+        all_right &= caches::run(&programs, &caches::large_cases(), wanted)?;
+        all_right &= appends::run(&programs, true, wanted)?;
+    }
+    if arguments.wants("--decode-timing") {
+        cache_timing::compare(&programs, wanted)?;
     }
     Ok(all_right)
 }

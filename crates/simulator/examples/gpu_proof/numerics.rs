@@ -1,19 +1,20 @@
 //! Results against float64, on rows picked at random, and repeat launches against the first one.
 
-use std::ops::Range;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
-
-use mtlflashattn_core::reference::bounds::{Arithmetic, Bounds, error_bounds_of};
-use mtlflashattn_core::reference::{Forward, ReferenceInputs, forward};
-use mtlflashattn_core::{Dtype, Options, Problem, TensorMeta};
+use mtlflashattn_core::reference::bounds::{Arithmetic, Bounds, row_with_bounds};
+use mtlflashattn_core::reference::{Forward, ReferenceInputs};
+use mtlflashattn_core::{Dropout, Dtype, Options, Problem, TensorMeta};
 use mtlflashattn_metal::{Kernel, Launch, LseStrides, Outputs, Tensors};
 use mtlflashattn_simulator::nvidia::{Gpu, Memory, Program};
 use mtlflashattn_simulator::ptx::FloatProducts;
 
+use crate::parallel::in_parallel;
 use crate::programs::{self, Programs};
 use crate::random::{Normals, Random, decode};
 use crate::{Wanted, tiles};
+
+/// Of the generator of dropout: every half of both has bits set.
+const SEED: u64 = 0x5eed_0123_0000_4567;
+const OFFSET: u64 = 0x0000_0009_0000_0400;
 
 /// A problem, and how much of the results is checked.
 pub struct Case {
@@ -26,6 +27,8 @@ pub struct Case {
     pub causal: bool,
     pub window: (i64, i64),
     pub softcap: f64,
+    /// Probability that a weight is dropped.
+    pub dropout: f64,
     /// Only the scalar kernel; otherwise only the others.
     pub scalar: bool,
     /// Rows that are compared with float64.
@@ -45,6 +48,7 @@ pub fn case(dtype: Dtype, lengths: &[(usize, usize)], head_dim: usize) -> Case {
         causal: false,
         window: (-1, -1),
         softcap: 0.0,
+        dropout: 0.0,
         scalar: false,
         samples: 48,
         repeats: 4,
@@ -70,6 +74,12 @@ pub fn large_cases() -> Vec<Case> {
     cases.push(Case { window: (300, 0), key_heads: 1, group: 4, ..case(Dtype::Bf16, &ragged, 128) });
     cases.push(Case { softcap: 5.0, ..case(Dtype::F16, &[(2048, 2048)], 80) });
     cases.push(Case { causal: true, ..case(Dtype::F16, &[(1500, 1500)], 40) });
+    for dtype in [Dtype::F16, Dtype::Bf16, Dtype::F32] {
+        cases.push(Case { dropout: 0.1, group: 2, ..case(dtype, &[(8192, 8192)], 64) });
+    }
+    cases.push(Case { dropout: 0.5, causal: true, ..case(Dtype::F16, &[(8192, 8192)], 128) });
+    cases.push(Case { dropout: 0.25, causal: true, key_heads: 2, ..case(Dtype::F16, &ragged, 64) });
+    cases.push(Case { dropout: 0.25, scalar: true, ..case(Dtype::F16, &[(1021, 2043)], 96) });
     cases
 }
 
@@ -83,6 +93,7 @@ pub fn small_cases() -> Vec<Case> {
         cases.push(small(case(dtype, &[(70, 99)], 128)));
         cases.push(small(case(dtype, &[(37, 70)], 256)));
         cases.push(small(Case { window: (40, 3), ..case(dtype, &[(1, 1), (0, 3), (90, 120)], 72) }));
+        cases.push(small(Case { dropout: 0.3, causal: true, ..case(dtype, &[(133, 261)], 64) }));
     }
     cases
 }
@@ -153,6 +164,9 @@ impl std::fmt::Display for Case {
         if self.softcap > 0.0 {
             write!(f, " softcap {}", self.softcap)?;
         }
+        if self.dropout > 0.0 {
+            write!(f, " dropout {}", self.dropout)?;
+        }
         Ok(())
     }
 }
@@ -179,6 +193,7 @@ impl Case {
             causal: self.causal,
             window: self.window,
             softcap: self.softcap,
+            dropout: Dropout::new(self.dropout, SEED, OFFSET).expect("a probability"),
             ..Options::default()
         };
         let shapes = [(query_rows, self.query_heads()), (key_rows, self.key_heads), (key_rows, self.key_heads)]
@@ -265,61 +280,37 @@ impl Data {
                 (row, random.next() as usize % case.query_heads())
             })
             .collect();
-        let (next, samples) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
-        std::thread::scope(|scope| {
-            for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
-                scope.spawn(|| {
-                    while let Some(&(row, head)) = picked.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        let sample = self.sample(case, problem, &arithmetics, row, head);
-                        samples.lock().expect("no thread panics").push(sample);
-                    }
-                });
-            }
-        });
-        samples.into_inner().expect("no thread panics")
+        in_parallel(picked.len(), |at| self.sample(case, problem, &arithmetics, picked[at]))
     }
 
-    fn sample(&self, case: &Case, problem: &Problem, arithmetics: &[Arithmetic], row: usize, head: usize) -> Sample {
-        let Alone { problem, q, k, v } = self.alone(case, problem, row, head);
-        let inputs = ReferenceInputs { q: &q, k: &k, v: &v, ..ReferenceInputs::default() };
-        let bounds = |&arithmetic| (arithmetic, error_bounds_of(arithmetic, &problem, &inputs));
-        Sample { row, head, exact: forward(&problem, &inputs), bounds: arithmetics.iter().map(bounds).collect() }
+    fn sample(
+        &self,
+        case: &Case,
+        problem: &Problem,
+        arithmetics: &[Arithmetic],
+        (row, head): (usize, usize),
+    ) -> Sample {
+        let (sequence, query) = self.place(case, row);
+        let (exact, bounds) = row_with_bounds(arithmetics, problem, &self.inputs(), (sequence, head, query));
+        Sample { row, head, exact, bounds: arithmetics.iter().copied().zip(bounds).collect() }
     }
 
-    /// A row of q in a head as a problem of its own.
-    pub fn alone(&self, case: &Case, problem: &Problem, row: usize, head: usize) -> Alone {
-        let sequence = self.offsets[0].iter().rposition(|&start| start as usize <= row).unwrap_or(0);
-        let sequence = sequence.min(case.lengths.len() - 1);
-        let (query_len, key_len) = case.lengths[sequence];
-        let visible = problem.mask.visible_keys(row - self.offsets[0][sequence] as usize, query_len, key_len);
-        let dim = case.head_dim;
-        let first_key = self.offsets[1][sequence] as usize;
-        let gather = |tensor: &[f64], rows: Range<usize>, heads: usize, head: usize| -> Vec<f64> {
-            rows.flat_map(|row| tensor[(row * heads + head) * dim..][..dim].iter().copied()).collect()
-        };
-        let keys = first_key + visible.start..first_key + visible.end;
-        let alone = Case { lengths: vec![(1, visible.len())], key_heads: 1, group: 1, causal: false, ..case.plain() };
-        Alone {
-            problem: alone.problem(),
-            q: gather(&self.q.exact, row..row + 1, case.query_heads(), head),
-            k: gather(&self.k.exact, keys.clone(), case.key_heads, head / case.group),
-            v: gather(&self.v.exact, keys, case.key_heads, head / case.group),
+    /// The sequence of a row of q, and which of its queries it is.
+    pub fn place(&self, case: &Case, row: usize) -> (usize, usize) {
+        let starts = &self.offsets[0];
+        let sequence = (0..case.lengths.len()).find(|&at| row < starts[at + 1] as usize).expect("a row of a sequence");
+        (sequence, row - starts[sequence] as usize)
+    }
+
+    pub fn inputs(&self) -> ReferenceInputs<'_> {
+        ReferenceInputs {
+            q: &self.q.exact,
+            k: &self.k.exact,
+            v: &self.v.exact,
+            query_offsets: &self.offsets[0],
+            key_offsets: &self.offsets[1],
+            ..ReferenceInputs::default()
         }
-    }
-}
-
-/// One row of q with the keys that it sees.
-pub struct Alone {
-    pub problem: Problem,
-    pub q: Vec<f64>,
-    pub k: Vec<f64>,
-    pub v: Vec<f64>,
-}
-
-impl Case {
-    /// The same problem without lengths and mask.
-    pub fn plain(&self) -> Self {
-        Self { lengths: Vec::new(), window: (-1, -1), causal: false, ..*self }
     }
 }
 

@@ -3,6 +3,8 @@
 use half::{bf16, f16};
 use mtlflashattn_core::Dtype;
 
+use crate::parallel::in_parallel;
+
 /// `SplitMix64`.
 pub struct Random(pub u64);
 
@@ -51,13 +53,28 @@ pub struct Normals {
     pub exact: Vec<f64>,
 }
 
+/// Normal numbers of one generator.
+const CHUNK: usize = 1 << 16;
+
 impl Normals {
     pub fn new(dtype: Dtype, count: usize, random: &mut Random) -> Self {
+        let seed = random.next();
+        let mut chunks = in_parallel(count.div_ceil(CHUNK), |at| {
+            let mut random = Random(seed ^ (at as u64) << 32);
+            let len = CHUNK.min(count - at * CHUNK);
+            let (mut bytes, mut exact) = (Vec::with_capacity(len * dtype.size()), Vec::with_capacity(len));
+            for _ in 0..len {
+                let (encoded, value) = encode(dtype, random.normal());
+                bytes.extend(encoded);
+                exact.push(value);
+            }
+            (at, bytes, exact)
+        });
+        chunks.sort_unstable_by_key(|&(at, ..)| at);
         let mut normals = Self { bytes: Vec::with_capacity(count * dtype.size()), exact: Vec::with_capacity(count) };
-        for _ in 0..count {
-            let (bytes, exact) = encode(dtype, random.normal());
+        for (_, bytes, exact) in chunks {
             normals.bytes.extend(bytes);
-            normals.exact.push(exact);
+            normals.exact.extend(exact);
         }
         normals
     }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use mtlflashattn_core::{Dtype, Options, Problem, TensorMeta};
+use mtlflashattn_core::{Dropout, Dtype, Options, Problem, TensorMeta};
 
 /// A dense problem with as many key heads as query heads, tensors `[batch, heads, rows, dim]`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -13,12 +13,15 @@ pub struct Shape {
     pub head_dim: usize,
     pub dtype: Dtype,
     pub causal: bool,
+    /// Probability that a weight is dropped.
+    pub dropout: f64,
 }
 
 impl Shape {
     /// The shapes of the tables.
     pub fn all() -> Vec<Self> {
-        let shape = |dtype, head_dim, causal| Self { batch: 4, heads: 16, len: 2048, head_dim, dtype, causal };
+        let shape =
+            |dtype, head_dim, causal| Self { batch: 4, heads: 16, len: 2048, head_dim, dtype, causal, dropout: 0.0 };
         let mut all: Vec<Self> = [(64, false), (64, true), (128, false), (128, true)]
             .map(|(dim, causal)| shape(Dtype::F16, dim, causal))
             .into();
@@ -30,7 +33,8 @@ impl Shape {
         let [batch, heads, len, dim] = [self.batch, self.heads, self.len, self.head_dim].map(|size| size as i64);
         let (sizes, strides) = ([batch, len, heads, dim], [heads * len * dim, dim, len * dim, 1]);
         let meta = || TensorMeta { dtype: self.dtype, shape: &sizes, strides: &strides };
-        let options = Options { causal: self.causal, window: (-1, -1), ..Options::default() };
+        let dropout = Dropout::new(self.dropout, 1, 2).expect("a probability");
+        let options = Options { causal: self.causal, window: (-1, -1), dropout, ..Options::default() };
         Problem::dense(meta(), meta(), meta(), &options).expect("the shape is valid")
     }
 
@@ -47,7 +51,8 @@ impl Shape {
 
 impl fmt::Display for Shape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { batch, heads, len, head_dim, dtype, causal } = self;
-        write!(f, "B{batch} H{heads} L{len} D{head_dim} {dtype}{}", if *causal { " causal" } else { "" })
+        let Self { batch, heads, len, head_dim, dtype, causal, dropout } = self;
+        write!(f, "B{batch} H{heads} L{len} D{head_dim} {dtype}{}", if *causal { " causal" } else { "" })?;
+        if *dropout > 0.0 { write!(f, " dropout {dropout}") } else { Ok(()) }
     }
 }

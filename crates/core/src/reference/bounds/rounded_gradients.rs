@@ -24,9 +24,9 @@
 //! 6. *Rounding* to the output type, as in the parent module.
 //! 7. *Dropout* multiplies `d_out . v` in float32, and a rounded weight or what was summed of it, with three roundings.
 
-mod one_key;
+mod single;
 
-pub use one_key::{KeyGradients, key_gradients_of};
+pub use single::{KeyGradients, QueryGradient, key_gradients_of, query_gradient_of};
 
 use super::{
     Arithmetic, Bounds, ELEMENTARY, FLUSH, SECOND_ORDER, UNIT, dropout_roundings, gamma, round_to, score_bound,
