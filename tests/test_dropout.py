@@ -185,6 +185,20 @@ def test_every_function_drops() -> None:
     )
 
 
+def test_compiled_calls_return_the_probabilities_too() -> None:
+    """Also those of ragged sequences, whose lengths no compiler knows."""
+    sequences = (Q[0], K[0, :9], V[0, :9], CU, CU, 6, 6, P)
+    for function, arguments in (
+        (flash_attn_func, (Q, K, V, P)),
+        (flash_attn_varlen_func, sequences),
+    ):
+        options = {"window_size": (3, -1), "return_attn_probs": True}
+        compiled = torch.compile(function, fullgraph=True, backend="eager")
+        expected = seeded(5, function, *arguments, **options)
+        torch.testing.assert_close(seeded(5, compiled, *arguments, **options), expected)
+        assert expected[2].signbit().any()
+
+
 def test_random_states() -> None:
     first, second = seeded(1, flash_attn_func, Q, K, V, P), flash_attn_func(Q, K, V, P)
     assert not torch.equal(first, second)

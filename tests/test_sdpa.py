@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from metal_flash_attn import _native, sdpa, trace
-from metal_flash_attn.sdpa import _call, _gates, _operator, _Patch, _state, _stock
+from metal_flash_attn.sdpa import _call, _gates, _operator, _Patch, _state, _stock, _training
 from torch import Tensor
 from torch.nn import functional
 from ways import has_mps
@@ -358,6 +358,19 @@ def test_the_operator_keeps_torchs_rules() -> None:
         _operator.SDPA(q.requires_grad_(), k, v, None, False, None, "contiguous")
 
 
+# Torch looks at what is no leaf, and complains.
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+@pytest.mark.parametrize("wanted", [(True, True, True), (False, True, False)])
+def test_the_operator_with_gradients_keeps_torchs_rules(wanted: tuple[bool, ...]) -> None:
+    leaves = [
+        tensor.transpose(1, 2).contiguous().requires_grad_(is_wanted)
+        for tensor, is_wanted in zip(tensors(), wanted, strict=True)
+    ]
+    mask = torch.rand(64, 64) < 0.7
+    for rest in ((mask, False, None), (None, True, 0.3)):
+        torch.library.opcheck(_training.TRAINING, (*leaves, *rest))
+
+
 # Errors inside.
 
 
@@ -385,6 +398,33 @@ def test_a_compiled_graph_falls_back_too(monkeypatch: pytest.MonkeyPatch) -> Non
     with sdpa.patched(cpu=True), pytest.warns(RuntimeWarning, match="no memory") as seen:
         got = torch.compile(attend, fullgraph=True, backend="aot_eager")(q, k, v, None)
     torch.testing.assert_close(got, expected)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("broken", ["_OWN_FORWARD", "_OWN_BACKWARD"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_compiled_graph_with_gradients_falls_back_too(
+    broken: str, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the pass that fails, with the gradients of torch."""
+    mask = torch.rand(256, 256) < 0.7 if masked else None
+    inputs = (*(tensor.requires_grad_() for tensor in tensors(256)), mask)
+    expected = attend(*inputs)
+    grad_out = torch.randn_like(expected)
+    expected_gradients = torch.autograd.grad(expected, inputs[:3], grad_out)
+
+    def fail(*_arguments: Any) -> Tensor:
+        raise MemoryError("no memory for a test")
+
+    monkeypatch.setattr(_training, broken, fail)
+
+    def run() -> tuple[Tensor, tuple[Tensor, ...]]:
+        got = torch.compile(attend, fullgraph=True, backend="aot_eager")(*inputs)
+        return got, torch.autograd.grad(got, inputs[:3], grad_out)
+
+    with sdpa.patched(cpu=True), pytest.warns(RuntimeWarning, match="no memory") as seen:
+        got, gradients = run()
+    torch.testing.assert_close((got, gradients), (expected, expected_gradients))
     assert len(seen) == 1
 
 

@@ -15,6 +15,7 @@ from metal_flash_attn.interface import attention
 from ._gates import Decision, Gates
 from ._operator import SDPA
 from ._stock import Call
+from ._training import TRAINING
 
 _DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -287,17 +288,20 @@ def _differentiable(
     out_layout: str,
 ) -> Tensor:
     """`_native.sdpa` with gradients of query, key and value."""
+    inputs = [tensor.transpose(1, 2) for tensor in (query, key, value)]
     is_boolean = attn_mask is not None and attn_mask.dtype == torch.bool
-    tokens_first: Any = attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        causal=is_causal,
-        softmax_scale=scale,
-        bias=None if is_boolean else attn_mask,
-        mask=attn_mask if is_boolean else None,
-        top_left=True,
-    )
+    tokens_first: Any
+    if is_dynamo_compiling():
+        tokens_first = TRAINING(*inputs, attn_mask, is_causal, scale)[0]
+    else:
+        tokens_first = attention(
+            *inputs,
+            causal=is_causal,
+            softmax_scale=scale,
+            bias=None if is_boolean else attn_mask,
+            mask=attn_mask if is_boolean else None,
+            top_left=True,
+        )
     # Laid out as q is, or by tokens: neither is copied where stock torch has the same.
     if out_layout == "tokens_first":
         tokens_first = tokens_first.contiguous()
