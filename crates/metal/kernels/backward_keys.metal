@@ -51,6 +51,26 @@ struct Own {
     int position[ROW_FRAGMENTS];
 };
 
+#if DROPOUT
+// Random words of the queries in both columns of a lane, which decide about the key of its row: of fragment `first`, counted
+// row by row, and of the up to three behind it. The calls are those of a group of keys for each query, and all 8 lanes of a
+// column need them: two neighbours make those of their two columns.
+template <bool EDGE>
+void column_words(int first, thread const int (&keys)[ROW_FRAGMENTS], Block block, Lane lane, Place place,
+                  constant Sizes& sizes, thread uint4 (&words)[2]) {
+    const int calls = min(4, ROW_FRAGMENTS * BLOCK_FRAGMENTS - first);
+    const int call = first + own_call(lane.row / 2, calls);
+    const bool is_odd = lane.row % 2 != 0;
+    const int row = 8 * (call % BLOCK_FRAGMENTS) + lane.column + (is_odd ? 1 : 0);
+    const int query = block.first + (EDGE ? min(row, block.last) : row);
+    const int group = value_at(keys, call / BLOCK_FRAGMENTS) / 8;
+    const uint4 own = own_words(random_words(query, group, place, sizes), lane.row / 2, 4, 16, calls);
+    const uint4 other = simd_shuffle_xor(own, 2);
+    words[0] = is_odd ? other : own;
+    words[1] = is_odd ? own : other;
+}
+#endif
+
 // Takes a block of queries into account. EDGE: some query may not see some key.
 template <bool EDGE>
 void add_queries(Block block, int chunk, Lane lane, Head head, Place place, constant Sizes& sizes,
@@ -69,6 +89,9 @@ void add_queries(Block block, int chunk, Lane lane, Head head, Place place, cons
 #if VALUE_GRADIENT
     Operand weights[ROW_FRAGMENTS][BLOCK_FRAGMENTS];
 #endif
+#if DROPOUT
+    uint4 words[2];
+#endif
 #pragma clang loop unroll(full)
     for (int r = 0; r < ROW_FRAGMENTS; ++r) {
         // What sees the key, counted from the query of this lane's first column.
@@ -77,6 +100,12 @@ void add_queries(Block block, int chunk, Lane lane, Head head, Place place, cons
         const int end = seeing.end - block.first - lane.column;
 #pragma clang loop unroll(full)
         for (int f = 0; f < BLOCK_FRAGMENTS; ++f) {
+#if DROPOUT
+            const int call = r * BLOCK_FRAGMENTS + f;
+            if (call % 4 == 0) {
+                column_words<EDGE>(call, own.position, block, lane, place, sizes, words);
+            }
+#endif
 #pragma clang loop unroll(full)
             for (int e = 0; e < 2; ++e) {
                 const int row = 8 * f + lane.column + e;
@@ -86,8 +115,7 @@ void add_queries(Block block, int chunk, Lane lane, Head head, Place place, cons
                 const bool is_visible = !EDGE || (8 * f + e >= start && 8 * f + e < end);
                 scores[r][f].thread_elements()[e] = is_visible ? weight[1] : 0.0f;
 #if DROPOUT
-                const uint4 words = random_words(query, own.position[r] / 8, place, sizes);
-                const bool kept = is_kept(words, own.position[r], sizes);
+                const bool kept = is_kept(words[e][call % 4], lane.row, sizes);
                 if (!kept) {
                     scores[r][f].thread_elements()[e] = mark_dropped(scores[r][f].thread_elements()[e]);
                 }

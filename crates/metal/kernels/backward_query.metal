@@ -19,6 +19,9 @@ void add_keys(Block block, int chunk, int columns, Lane lane, thread const int (
               thread Accumulator (&sums)[ROW_FRAGMENTS][HEAD_CHUNK_FRAGMENTS]) {
     Accumulator scores[ROW_FRAGMENTS][BLOCK_FRAGMENTS];
     multiply_rows<EDGE>(block.head, block.head_stride, block.last, lane, own_queries, scores);
+#if DROPOUT
+    uint4 words;
+#endif
 #pragma clang loop unroll(full)
     for (int r = 0; r < ROW_FRAGMENTS; ++r) {
         // What the row sees, counted from the key of this lane's first column.
@@ -28,8 +31,10 @@ void add_keys(Block block, int chunk, int columns, Lane lane, thread const int (
 #pragma clang loop unroll(full)
         for (int f = 0; f < BLOCK_FRAGMENTS; ++f) {
 #if DROPOUT
-            // Blocks start at multiples of 8 keys, so that a fragment is a group.
-            const uint4 words = random_words(queries[r], block.first / 8 + f, place, sizes);
+            const int call = r * BLOCK_FRAGMENTS + f;
+            if (call % 4 == 0) {
+                words = row_words<BLOCK_FRAGMENTS>(call, queries, block.first, lane, place, sizes);
+            }
 #endif
 #pragma clang loop unroll(full)
             for (int e = 0; e < 2; ++e) {
@@ -40,7 +45,7 @@ void add_keys(Block block, int chunk, int columns, Lane lane, thread const int (
                 const bool is_visible = !EDGE || (8 * f + e >= start && 8 * f + e < end);
                 scores[r][f].thread_elements()[e] = is_visible ? weight : 0.0f;
 #if DROPOUT
-                if (!is_kept(words, lane.column + e, sizes)) {
+                if (!is_kept(words[call % 4], e, sizes)) {
                     scores[r][f].thread_elements()[e] = mark_dropped(scores[r][f].thread_elements()[e]);
                 }
 #endif

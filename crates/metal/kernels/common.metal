@@ -215,10 +215,14 @@ uint4 random_words(int query, int group, Place place, constant Sizes& sizes) {
     return words;
 }
 
-// Whether a key is kept; `words` are those of its group.
-bool is_kept(uint4 words, int key, constant Sizes& sizes) {
-    const uint pair = (key & 4) != 0 ? ((key & 2) != 0 ? words.w : words.z) : ((key & 2) != 0 ? words.y : words.x);
-    const uint bits = (key & 1) != 0 ? pair >> 16 : pair & 0xffffu;
+// The word of a group that has the bits of a key.
+uint word_of(uint4 words, int key) {
+    return (key & 4) != 0 ? ((key & 2) != 0 ? words.w : words.z) : ((key & 2) != 0 ? words.y : words.x);
+}
+
+// Whether a key is kept, by its word.
+bool is_kept(uint word, int key, constant Sizes& sizes) {
+    const uint bits = (key & 1) != 0 ? word >> 16 : word & 0xffffu;
     return bits >= uint(sizes.dropout_threshold);
 }
 #endif

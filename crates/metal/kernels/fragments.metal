@@ -140,3 +140,69 @@ block_pointer block_row(block_pointer block, long stride, int lane_row, int frag
 #endif
 }
 
+#if DROPOUT
+// A lane needs one word of each of many calls of random_words(), and other lanes the other words of the same calls. So up to
+// four lanes make up to four calls, one each, and trade words. A lane's `position` among them has two bits, which are
+// the bits `low` and `high` of its index.
+
+// The call that a lane makes.
+int own_call(int position, int calls) {
+    return calls > 2 ? min(position, calls - 1) : position % calls;
+}
+
+// A lane has two words of its call. Afterwards it has one of them, the second one if `is_second`, of the call of the first
+// and of the second of the lanes that differ in `mask`.
+void trade(thread uint& first, thread uint& second, bool is_second, ushort mask) {
+    const uint kept = is_second ? second : first;
+    const uint got = simd_shuffle_xor(is_second ? first : second, mask);
+    first = is_second ? got : kept;
+    second = is_second ? kept : got;
+}
+
+// Word `position` of each call, where `words` are those of the lane's own.
+uint4 own_words(uint4 words, int position, ushort low, ushort high, int calls) {
+    const bool is_odd = (position & 1) != 0;
+    const bool is_high = (position & 2) != 0;
+    uint x = words.x;
+    uint y = words.y;
+    uint z = words.z;
+    uint w = words.w;
+    if (calls > 2) {
+        trade(x, y, is_odd, low);
+        trade(z, w, is_odd, low);
+        trade(x, z, is_high, high);
+        trade(y, w, is_high, high);
+        return uint4(x, y, z, w);
+    }
+    x = is_high ? z : x;
+    y = is_high ? w : y;
+    if (calls > 1) {
+        trade(x, y, is_odd, low);
+        return uint4(x, y, 0, 0);
+    }
+    return uint4(is_odd ? y : x, 0, 0, 0);
+}
+
+// Element `at` of a few in registers.
+int value_at(thread const int (&values)[ROW_FRAGMENTS], int at) {
+    int value = values[0];
+#pragma clang loop unroll(full)
+    for (int r = 1; r < ROW_FRAGMENTS; ++r) {
+        value = at == r ? values[r] : value;
+    }
+    return value;
+}
+
+// Random words of the keys in both columns of a lane for the query of its row: of fragment `first`, counted row by row with
+// FRAGMENTS in each, and of the up to three behind it. Blocks start at multiples of 8 keys, so that a fragment is a group.
+template <int FRAGMENTS>
+uint4 row_words(int first, thread const int (&queries)[ROW_FRAGMENTS], int first_key, Lane lane, Place place,
+                constant Sizes& sizes) {
+    const int calls = min(4, ROW_FRAGMENTS * FRAGMENTS - first);
+    const int position = lane.column / 2;
+    const int call = first + own_call(position, calls);
+    const int query = value_at(queries, call / FRAGMENTS);
+    const uint4 words = random_words(query, first_key / 8 + call % FRAGMENTS, place, sizes);
+    return own_words(words, position, 1, 8, calls);
+}
+#endif

@@ -239,13 +239,18 @@ void add_block(Block block, int columns, Lane lane, Place place, constant Sizes&
     }
 
     Operand weights[ROW_FRAGMENTS][KEY_FRAGMENTS];
+#if DROPOUT
+    uint4 words;
+#endif
 #pragma clang loop unroll(full)
     for (int r = 0; r < ROW_FRAGMENTS; ++r) {
 #pragma clang loop unroll(full)
         for (int f = 0; f < KEY_FRAGMENTS; ++f) {
 #if DROPOUT
-            // Blocks start at multiples of 8 keys, so that a fragment is a group.
-            const uint4 words = random_words(rows.query[r], block.first / 8 + f, place, sizes);
+            const int call = r * KEY_FRAGMENTS + f;
+            if (call % 4 == 0) {
+                words = row_words<KEY_FRAGMENTS>(call, rows.query, block.first, lane, place, sizes);
+            }
 #endif
 #pragma clang loop unroll(full)
             for (int e = 0; e < 2; ++e) {
@@ -254,7 +259,7 @@ void add_block(Block block, int columns, Lane lane, Place place, constant Sizes&
                                                        : fma(score, factors.score, -rows.maximum[r]));
                 rows.sum[r] += weight;
 #if DROPOUT
-                weights[r][f].thread_elements()[e] = scalar(is_kept(words, lane.column + e, sizes) ? weight : 0.0f);
+                weights[r][f].thread_elements()[e] = scalar(is_kept(words[call % 4], e, sizes) ? weight : 0.0f);
 #else
                 weights[r][f].thread_elements()[e] = scalar(weight);
 #endif

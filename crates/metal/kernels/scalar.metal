@@ -100,7 +100,7 @@ kernel void attention_scalar(
         if (key == visible.start || key % 8 == 0) {
             words = random_words(query, key / 8, place, sizes);
         }
-        if (!is_kept(words, key, sizes)) {
+        if (!is_kept(word_of(words, key), key, sizes)) {
             continue;
         }
 #endif

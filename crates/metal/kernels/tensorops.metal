@@ -293,7 +293,7 @@ void drop(thread Scores& weights, int first, thread const Task& task) {
                 group = key / 8;
                 words = random_words(query, group, task.place, *task.sizes);
             }
-            weights[i] = is_kept(words, key, *task.sizes) ? weights[i] : 0.0f;
+            weights[i] = is_kept(word_of(words, key), key, *task.sizes) ? weights[i] : 0.0f;
         }
     }
 }

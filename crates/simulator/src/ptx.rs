@@ -12,7 +12,7 @@ use mtlflashattn_metal::DeviceError;
 use crate::clang;
 use crate::compile::{cache_folder, definitions, rewritten, unpack_toolchain, uses_tensor_ops};
 use crate::options::{Layer, Options};
-use crate::rewrite::Entries;
+use crate::rewrite::{Entries, MAX_THREADS};
 
 /// What becomes of a product of float matrices, as the matrix units of NVIDIA GPUs have none. Products of half and of
 /// bfloat are exact in either.
@@ -41,7 +41,47 @@ pub fn translate(source: &str, float_products: FloatProducts) -> Result<String, 
     let toolchain = unpack_toolchain(&cache_folder(&Options::new(Layer::Type)), clang)?;
     let text = rewritten(clang, &toolchain, source, Entries::Ptx)?;
     let code = clang.run(&front_end(&toolchain, source, float_products), &text)?;
-    clang.run(&back_end(), &inline_everything(&merge_constant_space(&code)))
+    let (code, threads) = split_max_threads(&code);
+    let ptx = clang.run(&back_end(), &inline_everything(&merge_constant_space(&code)))?;
+    Ok(with_max_threads(&ptx, &threads))
+}
+
+/// Takes the definitions of how many threads an entry point has out of `code`.
+fn split_max_threads(code: &str) -> (String, Vec<(String, u32)>) {
+    let mut threads = Vec::new();
+    let mut rest = String::with_capacity(code.len());
+    for line in code.lines() {
+        let defined = line.strip_prefix('@').and_then(|line| line.strip_prefix(MAX_THREADS));
+        let Some((entry, value)) = defined.and_then(|line| line.split_once(" = ")) else {
+            rest.push_str(line);
+            rest.push('\n');
+            continue;
+        };
+        let most =
+            value.split_once("constant i32 ").and_then(|(_, value)| value.split([',', ' ']).next()?.parse().ok());
+        // 0 stands for as many as the device has.
+        threads.extend(most.filter(|&most| most > 0).map(|most| (entry.to_owned(), most)));
+    }
+    (rest, threads)
+}
+
+/// Says so at each entry point, so that the driver's compiler gives a thread no more registers than all can have.
+fn with_max_threads(ptx: &str, threads: &[(String, u32)]) -> String {
+    let mut result = String::with_capacity(ptx.len());
+    let mut entry = None;
+    for line in ptx.lines() {
+        if let Some((_, name)) = line.split_once(".entry ") {
+            entry = threads.iter().find(|(entry, _)| name.strip_suffix('(') == Some(entry));
+        }
+        if line == "{"
+            && let Some((_, most)) = entry.take()
+        {
+            writeln!(result, ".maxntid {most}, 1, 1").expect("writing to a String does not fail");
+        }
+        result.push_str(line);
+        result.push('\n');
+    }
+    result
 }
 
 fn front_end(toolchain: &Path, source: &str, float_products: FloatProducts) -> Vec<OsString> {
@@ -148,6 +188,18 @@ fn inline_everything(code: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn threads_are_stated_at_entry_points() {
+        let code = "@msl_max_threads_one = dso_local constant i32 512, align 4\n\
+                    @msl_max_threads_two = dso_local constant i32 0, align 4\n@other = constant i32 3\n";
+        let (rest, threads) = split_max_threads(code);
+        assert_eq!((rest.as_str(), &threads), ("@other = constant i32 3\n", &vec![("one".to_owned(), 512)]));
+        let ptx = ".visible .entry one(\n\t.param .u64 x\n)\n{\n}\n.visible .entry two(\n)\n{\n}\n";
+        let expected =
+            ".visible .entry one(\n\t.param .u64 x\n)\n.maxntid 512, 1, 1\n{\n}\n.visible .entry two(\n)\n{\n}\n";
+        assert_eq!(with_max_threads(ptx, &threads), expected);
+    }
 
     #[test]
     fn functions_are_inlined_and_entry_points_stay() {

@@ -30,6 +30,9 @@ pub struct RewriteError {
     pub message: String,
 }
 
+/// What the name of an entry point follows in the name of the number of its threads.
+pub const MAX_THREADS: &str = "msl_max_threads_";
+
 /// The text for clang.
 #[derive(Debug)]
 pub struct Rewritten {
@@ -595,7 +598,8 @@ impl<'a> Rewriter<'a> {
         Rewritten { text, entries }
     }
 
-    /// An entry point for each kernel. Its symbol is given apart, as the kernel's own name is taken.
+    /// An entry point for each kernel, and a number that says how many threads of a threadgroup it takes at most. The symbol
+    /// of an entry point is given apart, as the kernel's own name is taken.
     fn ptx_kernels(&self) -> String {
         let mut text = String::from("\n# 1 \"entry points\"\n");
         for (number, entry) in self.entries.iter().enumerate() {
@@ -606,9 +610,11 @@ impl<'a> Rewriter<'a> {
             write!(
                 text,
                 "static constexpr msl_source msl_sources_{number}[] = {{{sources}{{}}}};\n\
+                 extern \"C\" {{ extern const unsigned {MAX_THREADS}{host_name} = {max_threads}; }}\n\
                  {signature} __asm__(\"{host_name}\");\n\
                  {signature} {{ metal::msl_shim<&{function}, msl_sources_{number}>::call(buffers); }}\n",
                 host_name = entry.host_name,
+                max_threads = kernel.max_threads,
                 function = entry.function,
             )
             .expect("writing to a String does not fail");

@@ -9,7 +9,7 @@ use mtlflashattn_simulator::nvidia::{Gpu, Launch, Memory, Program};
 use mtlflashattn_simulator::ptx::FloatProducts;
 
 use crate::Wanted;
-use crate::caches::{Case, Form, Plan, case, machine};
+use crate::caches::{Case, Form, Plan, case};
 use crate::programs::{self, Programs};
 use crate::random::{Normals, Random};
 
@@ -204,7 +204,7 @@ pub fn compare(programs: &Programs, wanted: &Wanted) -> Result<(), String> {
         let best = times.iter().copied().fold(f64::INFINITY, f64::min);
         // The planner's tile for an M1, with splits for the largest Apple GPU.
         let planned = plans[0].tile;
-        let splits = decode::splits(&shape.case.problem(), &planned, machine("M3").cores.max(CORES[1]));
+        let splits = decode::splits(&shape.case.problem(), &planned, CORES[1]);
         let planned = plans.iter().zip(&times).find(|(plan, _)| (plan.tile, plan.splits) == (planned, splits));
         summary.push((shape.to_string(), planned.map(|(_, &time)| speed(time)), speed(best)));
     }

@@ -159,7 +159,7 @@ impl Plan {
 }
 
 /// An Apple GPU of this generation with all its cores.
-pub fn machine(chip: &str) -> Machine {
+fn machine(chip: &str) -> Machine {
     let chip = Chip::from_name(chip);
     Machine { chip, cores: chip.most_cores(), ..Machine::SIMULATED }
 }

@@ -36,7 +36,7 @@ pub const MUTANTS: &[Mutant] = &[
     ),
     // From words to keys.
     bug("dropout: neighbours change places", SCALAR, "(key & 1) != 0", "(key & 1) == 0"),
-    bug("dropout: halves of a group change places", STAGED, "(key & 4) != 0", "(key & 4) == 0"),
+    bug("dropout: halves of a group change places", SCALAR, "(key & 4) != 0", "(key & 4) == 0"),
     bug("dropout: pairs change places", TENSOR, "(key & 2) != 0", "(key & 2) == 0"),
     bug("dropout: what is kept and what is dropped", STAGED, "return bits >= ", "return bits < "),
     // The scalar kernel.
@@ -49,19 +49,32 @@ pub const MUTANTS: &[Mutant] = &[
     bug(
         "dropout: dropped weights are not summed",
         SCALAR,
-        "if (!is_kept(words, key, sizes)) {",
-        "if (!is_kept(words, key, sizes)) {\n            sum -= weight;",
+        "if (!is_kept(word_of(words, key), key, sizes)) {",
+        "if (!is_kept(word_of(words, key), key, sizes)) {\n            sum -= weight;",
     ),
     bug("dropout: kept weights are not multiplied (scalar)", SCALAR, "normalizer *= factors.kept;", ""),
     // The simdgroup kernel.
-    bug("dropout: one group for a block", STAGED, "block.first / 8 + f", "block.first / 8"),
+    bug("dropout: one group for a block", STAGED, "first_key / 8 + call % FRAGMENTS", "first_key / 8"),
+    bug("dropout: one key for two", PACKED, "is_kept(words[call % 4], e, sizes)", "is_kept(words[call % 4], 0, sizes)"),
+    bug("dropout: one row for two", STAGED, "value_at(queries, call / FRAGMENTS)", "queries[0]"),
+    // Words that lanes share.
+    bug("dropout: all lanes make the first call", STAGED, "first + own_call(position, calls)", "first"),
+    bug("dropout: a lane keeps what it should give", STAGED, "kept = is_second ? second : first", "kept = first"),
+    bug("dropout: calls of two lanes change places", PACKED, "first = is_second ? got : kept;", "first = kept;"),
     bug(
-        "dropout: one key for two",
-        PACKED,
-        "is_kept(words, lane.column + e, sizes)",
-        "is_kept(words, lane.column, sizes)",
+        "dropout: lanes of two rows trade",
+        STAGED,
+        "own_words(words, position, 1, 8, calls)",
+        "own_words(words, position, 2, 8, calls)",
     ),
-    bug("dropout: one row for two", STAGED, "random_words(rows.query[r],", "random_words(rows.query[0],"),
+    bug(
+        "dropout: bits of a position change places",
+        STAGED,
+        "own_words(words, position, 1, 8, calls)",
+        "own_words(words, position, 8, 1, calls)",
+    ),
+    bug("dropout: words of two calls are not traded", GRADIENT_APART, "if (calls > 1) {", "if (calls > 2) {"),
+    bug("dropout: the high words of two calls are lost", GRADIENT_APART, "y = is_high ? w : y;", ""),
     bug("dropout: kept weights are not multiplied (simdgroup)", STAGED, "normalizer *= factors.kept;", ""),
     // The tensorops kernels.
     bug(
@@ -95,18 +108,21 @@ pub const MUTANTS: &[Mutant] = &[
         "(dropped ? 0.0f : product * factors.kept - delta)",
     ),
     bug("dropout: marks stay", GRADIENT_MASKED, "abs(weight) * (", "weight * ("),
-    bug("dropout: one group for a block (dQ)", GRADIENT_PACKED, "block.first / 8 + f", "block.first / 8"),
+    bug("dropout: one group for a block (dQ)", GRADIENT_PACKED, "first_key / 8 + call % FRAGMENTS", "first_key / 8"),
+    bug("dropout: one key for two (dQ)", GRADIENT_APART, "is_kept(words[call % 4], e,", "is_kept(words[call % 4], 0,"),
+    bug("dropout: group of the query (dK)", GRADIENT_APART, "value_at(keys, call / BLOCK_FRAGMENTS) / 8", "query / 8"),
+    bug("dropout: one fragment for a block (dK)", GRADIENT_MASKED, "8 * (call % BLOCK_FRAGMENTS)", "0"),
+    bug("dropout: one column for two (dK)", GRADIENT_MASKED, "words[0] = is_odd ? other : own;", "words[0] = own;"),
     bug(
-        "dropout: one key for two (dQ)",
+        "dropout: lanes of two columns trade (dK)",
         GRADIENT_APART,
-        "is_kept(words, lane.column + e,",
-        "is_kept(words, lane.column,",
+        "simd_shuffle_xor(own, 2)",
+        "simd_shuffle_xor(own, 1)",
     ),
-    bug("dropout: group of the query (dK)", GRADIENT_APART, "query, own.position[r] / 8,", "query, query / 8,"),
     bug(
         "dropout: key and query change places (dK)",
         GRADIENT_MASKED,
-        "is_kept(words, own.position[r],",
-        "is_kept(words, query,",
+        "is_kept(words[e][call % 4], lane.row,",
+        "is_kept(words[e][call % 4], query,",
     ),
 ];

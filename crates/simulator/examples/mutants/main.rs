@@ -26,10 +26,10 @@ use common::bench::Bench;
 use common::decode::{DecodeVariant, Texts};
 use common::far::{Far, Form};
 use common::far_backward::FarBackward;
-use common::variants::{self, Variant};
+use common::variants;
 use common::{Case, Run};
 use list::{FAR_DIRECT, FAR_SCALAR, FAR_STAGED, Mutant};
-use mtlflashattn_metal::{BackwardKernel, Kernel, MergeKernel};
+use mtlflashattn_metal::{BackwardKernel, MergeKernel};
 use mtlflashattn_simulator::{LaneLayout, Layer, Options, TensorOps};
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::TestRunner;
@@ -49,7 +49,7 @@ struct Catch {
     how: String,
 }
 
-/// Tries the layers in order and prints each as it begins, so that a crash can be told from where it happened.
+/// The layer that notices a mutant, and by what; see [`through_layers`].
 fn examine(mutant: &Mutant) -> Option<String> {
     let form = [
         (FAR_DIRECT, Form::Direct),
@@ -62,10 +62,9 @@ fn examine(mutant: &Mutant) -> Option<String> {
     if let Some((_, form)) = form.into_iter().find(|(name, _)| *name == mutant.variant) {
         let far = Far::new();
         let kernel = far.kernel(form);
-        let source = changed(mutant, &kernel);
-        return types(&kernel, &source).or_else(|| {
-            println!("fast");
-            far.judge(&Bench::new(Options::new(Layer::Fast)), &kernel, &source).err()
+        let source = changed(mutant, &[kernel.source()]).remove(0);
+        return through_layers(&[(&source, kernel.entry())], &FAST_LAYER[..1], (&[()], &[]), |bench, ()| {
+            far.judge(bench, &kernel, &source)
         });
     }
     if [backward::FAR, backward::FAR_STAGED].contains(&mutant.variant) {
@@ -82,127 +81,94 @@ fn examine(mutant: &Mutant) -> Option<String> {
     }
     let variants = variants::all();
     let variant = variants.iter().find(|variant| variant.name == mutant.variant).expect("a variant");
-    let (fast, small) = (problems(variant, FAST), problems(variant, CHECK));
+    let [fast, small] = [FAST, CHECK]
+        .map(|(count, most)| cases(&variant.cases(most), count).iter().map(Run::new).collect::<Vec<Run>>());
     let kernel = variant.kernel(&fast[0]);
-    let source = changed(mutant, &kernel);
-    let first = |options: Options, problems: &[Run]| {
-        let bench = Bench::new(options);
-        problems.iter().find_map(|problem| judge(&bench, &kernel, &source, problem).err())
-    };
-    types(&kernel, &source)
-        .or_else(|| {
-            println!("fast");
-            first(Options::new(Layer::Fast), &fast)
-        })
-        .or_else(|| first(Options::new(Layer::Fast).with_seed(5), &fast))
-        .or_else(|| variant.matmul.and_then(|_| first(scattered(), &fast)))
-        .or_else(|| {
-            println!("check");
-            first(Options::new(Layer::Check), &small)
-        })
+    let source = changed(mutant, &[kernel.source()]).remove(0);
+    let mut schedules = FAST_LAYER.to_vec();
+    schedules.extend(variant.matmul.map(|_| scattered as fn() -> Options));
+    through_layers(&[(&source, kernel.entry())], &schedules, (&fast, &small), |bench, run| {
+        run.check(&kernel, &bench.run(&kernel, &source, run)?)
+    })
 }
 
 /// The same for the kernels of the backward pass whose rows lie far apart.
 fn examine_far_backward(mutant: &Mutant) -> Option<String> {
     let far = FarBackward::new();
     let kernels = far.kernels(mutant.variant == backward::FAR_STAGED);
-    let is_in = kernels.iter().any(|kernel| kernel.source().contains(mutant.from));
-    assert!(is_in, "{:?} is not in the texts of {}", mutant.from, mutant.variant);
-    println!("fast");
+    changed(mutant, &kernels.iter().map(BackwardKernel::source).collect::<Vec<_>>());
     let edit = |kernel: &BackwardKernel| kernel.source().replace(mutant.from, mutant.to);
-    far.judge(&Bench::new(Options::new(Layer::Fast)), &kernels, &edit).err()
+    through_layers(&[], &FAST_LAYER[..1], (&[()], &[]), |bench, ()| far.judge(bench, &kernels, &edit))
 }
 
 /// The same for the kernels of the backward pass, which run one after the other.
 fn examine_backward(mutant: &Mutant, variant: &BackwardVariant) -> Option<String> {
-    let runs = |(count, most): (usize, usize)| -> Vec<BackwardRun> {
-        let mut runner = TestRunner::deterministic();
-        let strategy = variant.cases(most);
-        let mut case = || strategy.new_tree(&mut runner).expect("a case").current();
-        (0..count).map(|_| BackwardRun::new(&case(), variant.lse_gradient)).collect()
+    let runs = |count, most| -> Vec<BackwardRun> {
+        cases(&variant.cases(most), count).iter().map(|case| BackwardRun::new(case, variant.lse_gradient)).collect()
     };
-    let (fast, small) = (runs((FAST.0 / 2, FAST.1 / 2)), runs((CHECK.0 / 2, CHECK.1)));
+    let (fast, small) = (runs(FAST.0 / 2, FAST.1 / 2), runs(CHECK.0 / 2, CHECK.1));
     let kernels = variant.kernels(&fast[0]);
-    let is_in = kernels.iter().any(|kernel| kernel.source().contains(mutant.from));
-    assert!(is_in, "{:?} is not in the texts of {}", mutant.from, mutant.variant);
+    let texts = changed(mutant, &kernels.iter().map(BackwardKernel::source).collect::<Vec<_>>());
+    let texts: Vec<(&str, &str)> =
+        texts.iter().zip(&kernels).map(|(text, kernel)| (text.as_str(), kernel.entry())).collect();
     let edit = |kernel: &BackwardKernel| kernel.source().replace(mutant.from, mutant.to);
-    let first = |options: Options, runs: &[BackwardRun]| {
-        let bench = Bench::new(options);
-        runs.iter().find_map(|run| run.launch(&bench, &kernels, &edit).and_then(|(got, _)| run.check(&got)).err())
-    };
-    println!("type");
-    let types = Bench::new(Options::new(Layer::Type));
-    kernels
-        .iter()
-        .find_map(|kernel| types.pipeline(&edit(kernel), kernel.entry()).err().map(|error| error.to_string()))
-        .or_else(|| {
-            println!("fast");
-            first(Options::new(Layer::Fast), &fast)
-        })
-        .or_else(|| first(Options::new(Layer::Fast).with_seed(5), &fast))
-        .or_else(|| {
-            println!("check");
-            first(Options::new(Layer::Check), &small)
-        })
+    through_layers(&texts, &FAST_LAYER, (&fast, &small), |bench, run| {
+        run.launch(bench, &kernels, &edit).and_then(|(got, _)| run.check(&got))
+    })
 }
 
 /// The same for the decode kernel and the kernel that merges its splits.
 fn examine_decode(mutant: &Mutant, variant: &DecodeVariant) -> Option<String> {
-    let runs = |(count, most): (usize, usize)| -> Vec<Run> {
-        let mut runner = TestRunner::deterministic();
-        let strategy = variant.cases(most);
-        (0..count).map(|_| variant.run(&strategy.new_tree(&mut runner).expect("a case").current())).collect()
-    };
-    let (fast, small) = (runs((FAST.0, 4 * FAST.1)), runs((CHECK.0, 2 * CHECK.1)));
+    let runs =
+        |count, most| -> Vec<Run> { cases(&variant.cases(most), count).iter().map(|case| variant.run(case)).collect() };
+    let (fast, small) = (runs(FAST.0, 4 * FAST.1), runs(CHECK.0, 2 * CHECK.1));
     let kernel = variant.kernel(&fast[0]);
     let texts = Texts::of(&kernel).changed(mutant.from, mutant.to);
-    let first = |options: Options, runs: &[Run]| {
-        let bench = Bench::new(options);
-        runs.iter().find_map(|run| common::decode::check(&bench, &kernel, &texts, run, variant.splits).err())
-    };
-    println!("type");
-    let types = Bench::new(Options::new(Layer::Type));
-    let merge = MergeKernel::of(&kernel);
-    [(&texts.decode, kernel.entry()), (&texts.merge, merge.entry())]
-        .into_iter()
-        .find_map(|(text, entry)| types.pipeline(text, entry).err().map(|error| error.to_string()))
-        .or_else(|| {
-            println!("fast");
-            first(Options::new(Layer::Fast), &fast)
-        })
-        .or_else(|| first(Options::new(Layer::Fast).with_seed(5), &fast))
-        .or_else(|| {
-            println!("check");
-            first(Options::new(Layer::Check), &small)
-        })
+    let entries = [(texts.decode.as_str(), kernel.entry()), (&texts.merge, MergeKernel::of(&kernel).entry())];
+    through_layers(&entries, &FAST_LAYER, (&fast, &small), |bench, run| {
+        common::decode::check(bench, &kernel, &texts, run, variant.splits).map(|_| ())
+    })
 }
 
 /// The same for the kernel that appends to caches.
 fn examine_append(mutant: &Mutant, form: AppendForm, case: &Case) -> Option<String> {
-    let mut runner = TestRunner::deterministic();
     let strategy = DecodeVariant::without_tile(form.name, case).cases(FAST.1);
-    let mut run = || AppendRun::new(&strategy.new_tree(&mut runner).expect("a case").current(), form);
-    let runs: Vec<AppendRun> = (0..FAST.0).map(|_| run()).collect();
+    let runs: Vec<AppendRun> = cases(&strategy, FAST.0).iter().map(|case| AppendRun::new(case, form)).collect();
     let kernel = runs[0].kernel();
-    let original = kernel.source();
-    assert!(original.contains(mutant.from), "{:?} is not in the text of {}", mutant.from, mutant.variant);
-    let source = original.replace(mutant.from, mutant.to);
-    let first = |layer: Layer| {
-        let bench = Bench::new(Options::new(layer));
-        runs.iter().find_map(|run| run.launch(&bench, &source).and_then(|(got, _)| run.check(&got)).err())
+    let source = changed(mutant, &[kernel.source()]).remove(0);
+    through_layers(&[(&source, kernel.entry())], &FAST_LAYER[..1], (&runs, &runs), |bench, run| {
+        run.launch(bench, &source).and_then(|(got, _)| run.check(&got))
+    })
+}
+
+/// The orders in which the fast layer runs lanes.
+const FAST_LAYER: [fn() -> Options; 2] = [|| Options::new(Layer::Fast), || Options::new(Layer::Fast).with_seed(5)];
+
+/// What is wrong with changed kernels, texts and their entry points: first whether the type layer takes them, then whether
+/// `judge` accepts them on the problems of the fast layer, in every schedule, and on those of the check layer. Prints each
+/// layer as it begins, so that a crash can be told from where it happened.
+fn through_layers<P>(
+    texts: &[(&str, &str)],
+    schedules: &[fn() -> Options],
+    (fast, small): (&[P], &[P]),
+    judge: impl Fn(&Bench, &P) -> Result<(), String>,
+) -> Option<String> {
+    let first = |options: Options, problems: &[P]| {
+        let bench = Bench::new(options);
+        problems.iter().find_map(|problem| judge(&bench, problem).err())
     };
     println!("type");
-    let types = Bench::new(Options::new(Layer::Type)).pipeline(&source, kernel.entry());
-    types
-        .err()
+    let types = Bench::new(Options::new(Layer::Type));
+    let refused = texts.iter().find_map(|(text, entry)| types.pipeline(text, entry).err());
+    refused
         .map(|error| error.to_string())
         .or_else(|| {
             println!("fast");
-            first(Layer::Fast)
+            schedules.iter().find_map(|schedule| first(schedule(), fast))
         })
         .or_else(|| {
             println!("check");
-            first(Layer::Check)
+            first(Options::new(Layer::Check), small)
         })
 }
 
@@ -218,28 +184,17 @@ fn mutants() -> Vec<&'static Mutant> {
     lists.into_iter().flatten().collect()
 }
 
-fn changed(mutant: &Mutant, kernel: &Kernel) -> String {
-    let original = kernel.source();
-    assert!(original.contains(mutant.from), "{:?} is not in the text of {}", mutant.from, mutant.variant);
-    original.replace(mutant.from, mutant.to)
-}
-
-fn types(kernel: &Kernel, source: &str) -> Option<String> {
-    println!("type");
-    Bench::new(Options::new(Layer::Type)).pipeline(source, kernel.entry()).err().map(|error| error.to_string())
-}
-
-fn judge(bench: &Bench, kernel: &Kernel, source: &str, run: &Run) -> Result<(), String> {
-    let got = bench.run(kernel, source, run)?;
-    run.check(kernel, &got)
+/// The texts with the bug in them, which must be in one at least.
+fn changed(mutant: &Mutant, texts: &[String]) -> Vec<String> {
+    let is_in = texts.iter().any(|text| text.contains(mutant.from));
+    assert!(is_in, "{:?} is not in the text of {}", mutant.from, mutant.variant);
+    texts.iter().map(|text| text.replace(mutant.from, mutant.to)).collect()
 }
 
 /// The same problems for every mutant of a variant.
-fn problems(variant: &Variant, (count, most): (usize, usize)) -> Vec<Run> {
+fn cases(strategy: &impl Strategy<Value = Case>, count: usize) -> Vec<Case> {
     let mut runner = TestRunner::deterministic();
-    let strategy = variant.cases(most);
-    let case = |runner: &mut TestRunner| -> Case { strategy.new_tree(runner).expect("a case").current() };
-    (0..count).map(|_| Run::new(&case(&mut runner))).collect()
+    (0..count).map(|_| strategy.new_tree(&mut runner).expect("a case").current()).collect()
 }
 
 fn main() -> ExitCode {
