@@ -16,17 +16,26 @@ use crate::isa::Simd;
 use crate::rows::Rows;
 use crate::workspace::Carver;
 use crate::{dropout, math, score};
-use products::{accumulate, accumulate_one, dot};
+use products::{accumulate, dot, dot_one};
 
-/// Bytes of K and V of one block: half of a 32 KiB first-level cache.
-const BLOCK_BYTES: usize = 16 * 1024;
+/// Bytes of K or V of one head that are read in one go: a quarter of a 32 KiB first-level cache.
+const HEAD_BYTES: usize = 8 * 1024;
 
-/// Bytes of K or V that all heads read before the first goes on, where the rows of several heads lie side by side.
-const PART_BYTES: usize = 16 * 1024;
-/// Rows to ask for ahead where they lie apart.
-const AHEAD_ROWS: usize = 16;
-/// Bytes to ask for ahead where they follow one another.
-const AHEAD_BYTES: usize = 8 * 1024;
+/// How K and V are read. Found by measuring; no bit depends on it but for the block.
+#[derive(Clone, Copy)]
+struct Pace {
+    /// Keys of one block, whose scores are held: a divisor of the panel path's block.
+    block: usize,
+    /// Bytes of K or V that all heads read before the first goes on.
+    turn: usize,
+    /// How far ahead of them memory is asked for, in bytes.
+    ahead: usize,
+}
+
+/// One query passes at about the rate of memory: short turns are what hardware prefetchers follow.
+const FAST: Pace = Pace { block: 32, turn: 16 * 1024, ahead: 32 * 1024 };
+/// Several queries make each key take longer. Larger blocks make light of their softmax.
+const SLOW: Pace = Pace { block: 128, turn: 64 * 1024, ahead: 64 * 1024 };
 
 /// Offsets of the pieces of a thread's scratch block, in float32 values.
 #[derive(Clone, Copy)]
@@ -34,9 +43,10 @@ pub(crate) struct Scratch {
     /// Padded head dimensions.
     depth: usize,
     value_dim: usize,
-    /// Keys of one block.
-    block: usize,
+    pace: Pace,
     queries: usize,
+    /// One query in float32.
+    query: usize,
     out: usize,
     /// Running maximum and sum, two values a row.
     state: usize,
@@ -53,16 +63,15 @@ impl Scratch {
         let problem = call.problem;
         let depth = problem.head_dim.next_multiple_of(S::LANES);
         let value_dim = problem.value_dim.next_multiple_of(S::LANES);
-        let block = BLOCK_BYTES / ((depth + value_dim) * size_of::<T>());
-        // Whole vectors for every instruction set, and a divisor of the panel path's block.
-        let block = (block / 16 * 16).clamp(16, 128);
-        let block = 1 << block.ilog2();
+        let pace = if call.tile.task_rows == 1 { FAST } else { SLOW };
+        let block = pace.block;
         let mut carver = Carver::default();
         let mut scratch = Self {
             depth,
             value_dim,
-            block,
+            pace,
             queries: carver.take(rows * depth),
+            query: carver.take(depth),
             out: carver.take(rows * value_dim),
             state: carver.take(rows * 2),
             scores: carver.take(rows * block),
@@ -95,7 +104,7 @@ pub(crate) unsafe fn run<S: Simd, T: Element>(
 ) {
     let work = Work { call, task, scratch, block };
     work.start::<S, T>();
-    for keys in call.blocks(task, scratch.block) {
+    for keys in call.blocks(task, scratch.pace.block) {
         if ticker.should_stop() {
             return;
         }
@@ -104,6 +113,15 @@ pub(crate) unsafe fn run<S: Simd, T: Element>(
         work.values::<S, T>(&keys);
     }
     work.finish::<S, T>();
+}
+
+/// How many of `rows` rows meet keys together.
+const fn row_group(rows: usize) -> usize {
+    match rows {
+        4.. => 4,
+        2.. => 2,
+        _ => 1,
+    }
 }
 
 impl Work<'_, '_, Scratch> {
@@ -117,24 +135,69 @@ impl Work<'_, '_, Scratch> {
         self.task.heads * self.head_rows()
     }
 
-    /// Converts and scales q; empties the softmax state.
+    /// Packs q; empties the softmax state and the output.
     #[inline(always)]
     unsafe fn start<S: Simd, T: Element>(&self) {
-        let factor = S::splat(score::query_factor(self.call.problem));
+        let mut i = 0;
+        while i < self.rows() {
+            let left = self.head_rows() - i % self.head_rows();
+            let group = row_group(left);
+            for r in 0..group {
+                self.pack_query::<S, T>(i + r, (r, group));
+            }
+            i += group;
+        }
         for i in 0..self.rows() {
             let (task, row) = self.row(i);
-            let to = self.at(self.scratch.queries + i * self.scratch.depth);
-            let from = self.call.q_row::<T>(&task, row);
-            widen::<S, T>(from, self.call.problem.head_dim, self.scratch.depth, to);
-            for column in (0..self.scratch.depth).step_by(S::LANES) {
-                S::store(to.add(column), S::mul(factor, S::load(to.add(column))));
-            }
             let sink = if task.first_split { self.call.sink(&task, row) } else { None };
             let (max, sum) = sink.map_or((f32::MIN, 0.0), |sink| (sink, 1.0));
             self.at(self.scratch.state + 2 * i).write(max);
             self.at(self.scratch.state + 2 * i + 1).write(sum);
         }
         self.at(self.scratch.out).write_bytes(0, self.rows() * self.scratch.value_dim);
+    }
+
+    /// Converts and scales row number `i` of q, number `r` of a group of rows that meet keys together: pairs of vectors in
+    /// the order in which k is read, those of the group side by side.
+    #[inline(always)]
+    unsafe fn pack_query<S: Simd, T: Element>(&self, i: usize, (r, group): (usize, usize)) {
+        let (head_dim, depth) = (self.call.problem.head_dim, self.scratch.depth);
+        let (task, row) = self.row(i);
+        let from = self.call.q_row::<T>(&task, row);
+        let staged = self.at(self.scratch.query);
+        widen::<S, T>(from, head_dim, depth, staged);
+        let factor = S::splat(score::query_factor(self.call.problem));
+        let to = self.at(self.scratch.queries + (i - r) * depth);
+        let mut column = 0;
+        while column + 2 * S::LANES <= depth {
+            let [a, b] = if depth == head_dim {
+                T::load_pair::<S>(from.add(column))
+            } else {
+                f32::load_pair::<S>(staged.add(column))
+            };
+            let to = to.add(group * column + 2 * r * S::LANES);
+            S::store(to, S::mul(factor, a));
+            S::store(to.add(S::LANES), S::mul(factor, b));
+            column += 2 * S::LANES;
+        }
+        if column < depth {
+            let to = to.add(group * column + r * S::LANES);
+            S::store(to, S::mul(factor, S::load(staged.add(column))));
+        }
+    }
+
+    /// Puts a row of the output, whose columns are in the order in which v was read, in the order of memory.
+    #[inline(always)]
+    unsafe fn order_columns<S: Simd, T: Element>(&self, out: *mut f32) {
+        let width = self.scratch.value_dim;
+        if width == self.call.problem.value_dim {
+            for column in (0..(width + 1).saturating_sub(2 * S::LANES)).step_by(2 * S::LANES) {
+                let to = out.add(column);
+                let [a, b] = T::in_order::<S>([S::load(to), S::load(to.add(S::LANES))]);
+                S::store(to, a);
+                S::store(to.add(S::LANES), b);
+            }
+        }
     }
 
     /// Row number `i` of all heads: the task of its head, and its number there.
@@ -146,10 +209,8 @@ impl Work<'_, '_, Scratch> {
     /// Parts of a block of `keys` that each head takes in turn: short ones where several heads lie side by side, so
     /// that memory is read about in the order in which it lies. The rows of a part lie at equal distances.
     fn parts<T>(&self, keys: &Range<usize>, width: usize) -> impl Iterator<Item = Range<usize>> {
-        let size = match self.task.heads {
-            1 => keys.len(),
-            heads => (PART_BYTES / (heads * width * size_of::<T>())).clamp(1, keys.len()),
-        };
+        let bytes = (self.scratch.pace.turn / self.task.heads).min(HEAD_BYTES);
+        let size = (bytes / (width * size_of::<T>())).clamp(1, keys.len());
         let parts = keys.clone().step_by(size).map(move |start| start..start + size);
         let end = keys.end;
         parts.flat_map(move |part| self.call.runs(&self.task.sequence, part.start..part.end.min(end)))
@@ -157,12 +218,11 @@ impl Work<'_, '_, Scratch> {
 
     /// The rows of K or V of the task's first head from `key` on.
     fn rows_of<T>(&self, source: (*const u8, &Strides, usize), key: usize) -> Rows<T> {
-        let row_bytes = source.2 * size_of::<T>();
         // Hardware prefetchers follow one row after the other by themselves, unless several queries make it slow.
-        let ahead = match (source.1.row == source.2 as i64, self.head_rows()) {
-            (true, 1) => 0,
-            (true, _) => AHEAD_BYTES.div_ceil(row_bytes),
-            (false, _) => AHEAD_ROWS,
+        let ahead = if self.head_rows() == 1 && source.1.row == source.2 as i64 {
+            0
+        } else {
+            self.scratch.pace.ahead.div_ceil(self.task.heads * source.2 * size_of::<T>())
         };
         self.call.rows(source, &self.task.sequence, key, self.task.key_head, ahead)
     }
@@ -222,16 +282,17 @@ impl Work<'_, '_, Scratch> {
     #[inline(always)]
     unsafe fn dots<S: Simd, K: Element>(&self, head: usize, k: Rows<K>, part: &Range<usize>) {
         let (first, rows) = (head * self.head_rows(), self.head_rows());
-        let (depth, stride, keys) = (self.scratch.depth, self.scratch.block, part.len());
+        let (depth, stride, keys) = (self.scratch.depth, self.scratch.pace.block, part.len());
         let mut row = 0;
         while row < rows {
             let queries = self.at(self.scratch.queries + (first + row) * depth);
             let scores = self.at(self.scratch.scores + (first + row) * stride + part.start);
             // Eight accumulators hide the latency of the multiply-add, whatever the number of rows.
             row += match rows - row {
-                4.. => dot::<S, K, 4, 2>(queries, depth, k, keys, scores, stride),
-                2.. => dot::<S, K, 2, 4>(queries, depth, k, keys, scores, stride),
-                _ => dot::<S, K, 1, 8>(queries, depth, k, keys, scores, stride),
+                4.. if S::REGISTERS >= 32 => dot::<S, K, 4, 4, 1>(queries, depth, k, keys, scores, stride),
+                4.. => dot::<S, K, 4, 2, 1>(queries, depth, k, keys, scores, stride),
+                2.. => dot::<S, K, 2, 2, 2>(queries, depth, k, keys, scores, stride),
+                _ => dot_one::<S, K>(queries, depth, k, keys, scores),
             };
         }
     }
@@ -240,16 +301,17 @@ impl Work<'_, '_, Scratch> {
     #[inline(always)]
     unsafe fn sums<S: Simd, V: Element>(&self, head: usize, v: Rows<V>, part: &Range<usize>) {
         let (first, rows) = (head * self.head_rows(), self.head_rows());
-        let (width, stride, keys) = (self.scratch.value_dim, self.scratch.block, part.len());
+        let (width, stride, keys) = (self.scratch.value_dim, self.scratch.pace.block, part.len());
         let mut row = 0;
         while row < rows {
             let probabilities = self.at(self.scratch.scores + (first + row) * stride + part.start);
             let out = self.at(self.scratch.out + (first + row) * width);
-            // Up to eight probabilities stay in registers while the columns pass.
             row += match rows - row {
-                4.. => accumulate::<S, V, 4, 2>(probabilities, stride, v, keys, out, width),
-                2.. => accumulate::<S, V, 2, 4>(probabilities, stride, v, keys, out, width),
-                _ => accumulate_one::<S, V, 8>(probabilities, v, keys, out, width),
+                4.. if S::REGISTERS >= 32 => accumulate::<S, V, 4, 2>(probabilities, stride, v, keys, out, width),
+                4.. => accumulate::<S, V, 4, 1>(probabilities, stride, v, keys, out, width),
+                2.. => accumulate::<S, V, 2, 2>(probabilities, stride, v, keys, out, width),
+                _ if S::REGISTERS >= 32 => accumulate::<S, V, 1, 4>(probabilities, stride, v, keys, out, width),
+                _ => accumulate::<S, V, 1, 2>(probabilities, stride, v, keys, out, width),
             };
         }
     }
@@ -261,7 +323,7 @@ impl Work<'_, '_, Scratch> {
         let mut i = 0;
         for head in 0..self.task.heads {
             for row in self.task.rows.clone() {
-                let scores = self.at(self.scratch.scores + i * self.scratch.block);
+                let scores = self.at(self.scratch.scores + i * self.scratch.pace.block);
                 for key in keys.len()..padded {
                     scores.add(key).write(f32::NEG_INFINITY);
                 }
@@ -355,6 +417,7 @@ impl Work<'_, '_, Scratch> {
             let out = self.at(self.scratch.out + i * self.scratch.value_dim);
             let state = self.at(self.scratch.state + 2 * i);
             let (max, sum) = (state.read(), state.add(1).read());
+            self.order_columns::<S, T>(out);
             if let Some(partial) = task.partial {
                 let to = partial.add((row - task.rows.start) * (value_dim + 2));
                 to.copy_from_nonoverlapping(out, value_dim);

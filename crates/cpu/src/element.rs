@@ -9,6 +9,16 @@ pub(crate) trait Element: Copy + 'static {
     /// Whether an element is a float32 already and can be used where it lies.
     const IS_F32: bool;
     unsafe fn load<S: Simd>(p: *const Self) -> S::Vector;
+    /// `2 * LANES` elements, in whichever order they are cheapest to convert.
+    #[inline(always)]
+    unsafe fn load_pair<S: Simd>(p: *const Self) -> [S::Vector; 2] {
+        [Self::load::<S>(p), Self::load::<S>(p.add(S::LANES))]
+    }
+    /// A pair in the order of [`Self::load_pair`] becomes one in the order of memory.
+    #[inline(always)]
+    unsafe fn in_order<S: Simd>(pair: [S::Vector; 2]) -> [S::Vector; 2] {
+        pair
+    }
     unsafe fn store<S: Simd>(p: *mut Self, x: S::Vector);
     fn to_f32(self) -> f32;
     fn from_f32(x: f32) -> Self;
@@ -68,6 +78,16 @@ impl Element for bf16 {
     #[inline(always)]
     unsafe fn load<S: Simd>(p: *const Self) -> S::Vector {
         S::load_bf16(p.cast())
+    }
+
+    #[inline(always)]
+    unsafe fn load_pair<S: Simd>(p: *const Self) -> [S::Vector; 2] {
+        S::load_bf16_pair(p.cast())
+    }
+
+    #[inline(always)]
+    unsafe fn in_order<S: Simd>(pair: [S::Vector; 2]) -> [S::Vector; 2] {
+        S::bf16_pair_in_order(pair)
     }
 
     #[inline(always)]

@@ -59,6 +59,17 @@ impl<T> Rows<T> {
         self.pointer.offset(index as isize * self.stride)
     }
 
+    /// The rows from row `index` on.
+    pub(crate) fn from(self, index: usize) -> Self {
+        let behind = index as isize * self.stride;
+        self.shifted(behind)
+    }
+
+    /// What lies below `element` in the next row.
+    pub(crate) const fn below(&self, element: *const T) -> *const T {
+        element.wrapping_offset(self.stride)
+    }
+
     /// Asks for a row some way behind row `index`. Hardware prefetchers follow contiguous rows by themselves, but each
     /// row that lies apart would cost them a miss.
     #[inline(always)]

@@ -1,12 +1,20 @@
 //! The two products of the decode path: a few rows with every key, each loaded and converted once.
+//!
+//! Elements are read in pairs of vectors, in the order of [`Element::load_pair`]; queries and output keep it.
 
 use crate::element::Element;
 use crate::isa::Simd;
 use crate::rows::Rows;
 
-/// `scores[r][key] = queries[r] . k[key]` for `R` rows, with `U` accumulators for each. Returns `R`.
+/// Vectors whose lanes are summed together.
+const SUMS: usize = 4;
+/// Keys whose values are summed in registers before the columns move on: few, to read about in the order of memory.
+const VALUE_KEYS: usize = 8;
+
+/// `scores[r][key] = queries[r] . k[key]` for `R` rows whose queries are packed together, `N` keys at a time with `U`
+/// accumulators for each score. `R * N` is a multiple of [`SUMS`]. Returns `R`.
 #[inline(always)]
-pub(super) unsafe fn dot<S: Simd, K: Element, const R: usize, const U: usize>(
+pub(super) unsafe fn dot<S: Simd, K: Element, const R: usize, const N: usize, const U: usize>(
     queries: *const f32,
     depth: usize,
     k: Rows<K>,
@@ -14,132 +22,205 @@ pub(super) unsafe fn dot<S: Simd, K: Element, const R: usize, const U: usize>(
     scores: *mut f32,
     stride: usize,
 ) -> usize {
-    for key in 0..keys {
-        let from = k.row(key);
-        k.prefetch_far::<S>(key);
-        let mut acc = [[S::splat(0.0); U]; R];
-        let mut i = 0;
-        while i + U * S::LANES <= depth {
-            for u in 0..U {
-                let x = K::load::<S>(from.add(i + u * S::LANES));
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    acc[u] = S::fma(x, S::load(queries.add(r * depth + i + u * S::LANES)), acc[u]);
-                }
-            }
-            i += U * S::LANES;
-        }
-        while i < depth {
-            let x = K::load::<S>(from.add(i));
-            for (r, acc) in acc.iter_mut().enumerate() {
-                acc[0] = S::fma(x, S::load(queries.add(r * depth + i)), acc[0]);
-            }
-            i += S::LANES;
-        }
-        for (r, acc) in acc.iter().enumerate() {
-            let mut total = acc[0];
-            for &part in &acc[1..] {
-                total = S::add(total, part);
-            }
-            scores.add(r * stride + key).write(S::sum(total));
-        }
-    }
-    R
-}
-
-/// `out[r] += sum over keys of probabilities[r][key] * v[key]` for `R` rows, `N` keys at a time. Returns `R`.
-#[inline(always)]
-pub(super) unsafe fn accumulate<S: Simd, V: Element, const R: usize, const N: usize>(
-    probabilities: *const f32,
-    stride: usize,
-    v: Rows<V>,
-    keys: usize,
-    out: *mut f32,
-    width: usize,
-) -> usize {
     let mut key = 0;
     while key + N <= keys {
-        accumulate_keys::<S, V, R, N>(probabilities.add(key), stride, v, key, out, width);
+        for n in 0..N {
+            k.prefetch_far::<S>(key + n);
+        }
+        let lanes = dot_keys::<S, K, R, N, U>(queries, depth, k, key);
+        for at in (0..R * N).step_by(SUMS) {
+            let sums = S::sums(std::array::from_fn(|i| lanes[(at + i) / R][(at + i) % R]));
+            for (i, sum) in sums.into_iter().enumerate() {
+                scores.add((at + i) % R * stride + key + (at + i) / R).write(sum);
+            }
+        }
         key += N;
     }
     while key < keys {
-        accumulate_keys::<S, V, R, 1>(probabilities.add(key), stride, v, key, out, width);
+        k.prefetch_far::<S>(key);
+        let [lanes] = dot_keys::<S, K, R, 1, U>(queries, depth, k, key);
+        let sums = S::sums(std::array::from_fn(|i| lanes[i % R]));
+        for (r, &sum) in sums[..R].iter().enumerate() {
+            scores.add(r * stride + key).write(sum);
+        }
         key += 1;
     }
     R
 }
 
-/// [`accumulate`] for the `N` keys from `key` on.
+/// [`dot`] for a single row, one key after the other: so close to the rate of memory, their order is what counts.
 #[inline(always)]
-unsafe fn accumulate_keys<S: Simd, V: Element, const R: usize, const N: usize>(
-    probabilities: *const f32,
-    stride: usize,
-    v: Rows<V>,
-    key: usize,
-    out: *mut f32,
-    width: usize,
-) {
-    let p: [[S::Vector; N]; R] =
-        std::array::from_fn(|r| std::array::from_fn(|n| S::splat(probabilities.add(r * stride + n).read())));
-    let rows: [*const V; N] = std::array::from_fn(|n| v.row(key + n));
-    for n in 0..N {
-        v.prefetch_far::<S>(key + n);
-    }
-    for column in (0..width).step_by(S::LANES) {
-        let x: [S::Vector; N] = std::array::from_fn(|n| V::load::<S>(rows[n].add(column)));
-        for (r, p) in p.iter().enumerate() {
-            let to = out.add(r * width + column);
-            let mut sum = S::load(to);
-            for (n, &p) in p.iter().enumerate() {
-                sum = S::fma(p, x[n], sum);
-            }
-            S::store(to, sum);
+pub(super) unsafe fn dot_one<S: Simd, K: Element>(
+    query: *const f32,
+    depth: usize,
+    k: Rows<K>,
+    keys: usize,
+    scores: *mut f32,
+) -> usize {
+    let mut key = 0;
+    while key < keys {
+        let count = SUMS.min(keys - key);
+        let mut lanes = [S::splat(0.0); SUMS];
+        for (n, lanes) in lanes[..count].iter_mut().enumerate() {
+            k.prefetch_far::<S>(key + n);
+            [[*lanes]] = dot_keys::<S, K, 1, 1, 8>(query, depth, k, key + n);
         }
+        for (n, &sum) in S::sums(lanes)[..count].iter().enumerate() {
+            scores.add(key + n).write(sum);
+        }
+        key += count;
     }
+    1
 }
 
-/// [`accumulate`] for a single row, `N` vectors of columns at a time: with one probability a key, the sums fit in
-/// registers and nothing but `v` is read.
+/// [`dot`] for the `N` keys from `key` on, whose lanes are yet to be summed. The order of additions depends on `U` alone.
 #[inline(always)]
-pub(super) unsafe fn accumulate_one<S: Simd, V: Element, const N: usize>(
+#[allow(clippy::needless_range_loop, reason = "one index for several arrays")]
+unsafe fn dot_keys<S: Simd, K: Element, const R: usize, const N: usize, const U: usize>(
+    queries: *const f32,
+    depth: usize,
+    k: Rows<K>,
+    key: usize,
+) -> [[S::Vector; R]; N] {
+    let rows: [*const K; N] = std::array::from_fn(|n| k.row(key + n));
+    let mut acc = [[[S::splat(0.0); U]; R]; N];
+    let (mut i, mut queries) = (0, queries);
+    let pairs = U.div_ceil(2);
+    while i + 2 * pairs * S::LANES <= depth {
+        for pair in 0..pairs {
+            let x: [[S::Vector; 2]; N] = std::array::from_fn(|n| K::load_pair::<S>(rows[n].add(i)));
+            for half in 0..2 {
+                for r in 0..R {
+                    let query = S::load(queries.add((2 * r + half) * S::LANES));
+                    let u = (2 * pair + half) % U;
+                    for n in 0..N {
+                        acc[n][r][u] = S::fma(x[n][half], query, acc[n][r][u]);
+                    }
+                }
+            }
+            i += 2 * S::LANES;
+            queries = queries.add(2 * R * S::LANES);
+        }
+    }
+    while i + 2 * S::LANES <= depth {
+        for n in 0..N {
+            let x = K::load_pair::<S>(rows[n].add(i));
+            for r in 0..R {
+                for half in 0..2 {
+                    let query = S::load(queries.add((2 * r + half) * S::LANES));
+                    acc[n][r][half % U] = S::fma(x[half], query, acc[n][r][half % U]);
+                }
+            }
+        }
+        i += 2 * S::LANES;
+        queries = queries.add(2 * R * S::LANES);
+    }
+    if i < depth {
+        for n in 0..N {
+            let x = K::load::<S>(rows[n].add(i));
+            for r in 0..R {
+                acc[n][r][0] = S::fma(x, S::load(queries.add(r * S::LANES)), acc[n][r][0]);
+            }
+        }
+    }
+    acc.map(|of_key| of_key.map(|parts| parts[1..].iter().fold(parts[0], |sum, &part| S::add(sum, part))))
+}
+
+/// `out[r] += sum over keys of probabilities[r][key] * v[key]` for `R` rows, `P` pairs of columns at a time.
+/// Returns `R`.
+#[inline(always)]
+pub(super) unsafe fn accumulate<S: Simd, V: Element, const R: usize, const P: usize>(
     probabilities: *const f32,
+    stride: usize,
     v: Rows<V>,
     keys: usize,
     out: *mut f32,
     width: usize,
 ) -> usize {
-    let mut column = 0;
-    while column + N * S::LANES <= width {
-        accumulate_columns::<S, V, N>(probabilities, v, column, keys, out.add(column));
-        column += N * S::LANES;
+    // A single row passes so fast that it has to read them in turn.
+    let step = match R {
+        1 if width > 2 * P * S::LANES && v.contiguous() => 2,
+        1 => 4,
+        _ => VALUE_KEYS,
+    };
+    for key in (0..keys).step_by(step) {
+        let count = step.min(keys - key);
+        let (rows, p) = (v.from(key), probabilities.add(key));
+        let (mut asked, mut column) = (0, 0);
+        while column < width {
+            // Requests are spread over the columns: a burst of them would make the processor wait.
+            while asked < count && asked * width <= column * count {
+                rows.prefetch_far::<S>(asked);
+                asked += 1;
+            }
+            let (from, to) = (rows.shifted(column as isize), out.add(column));
+            column += match (width - column) / S::LANES {
+                vectors if vectors >= 2 * P => accumulate_columns::<S, V, R, P>(p, stride, from, count, to, width),
+                2.. => accumulate_columns::<S, V, R, 1>(p, stride, from, count, to, width),
+                _ => accumulate_vector::<S, V, R>(p, stride, from, count, to, width),
+            };
+        }
+        for row in asked..count {
+            rows.prefetch_far::<S>(row);
+        }
     }
-    while column < width {
-        accumulate_columns::<S, V, 1>(probabilities, v, column, keys, out.add(column));
-        column += S::LANES;
-    }
-    1
+    R
 }
 
-/// [`accumulate_one`] for the `N` vectors of columns from `column` on.
+/// [`accumulate`] for the first `P` pairs of columns. Returns the number of columns.
 #[inline(always)]
-unsafe fn accumulate_columns<S: Simd, V: Element, const N: usize>(
+unsafe fn accumulate_columns<S: Simd, V: Element, const R: usize, const P: usize>(
     probabilities: *const f32,
+    stride: usize,
     v: Rows<V>,
-    column: usize,
     keys: usize,
     out: *mut f32,
-) {
-    let mut acc: [S::Vector; N] = std::array::from_fn(|n| S::load(out.add(n * S::LANES)));
-    for key in 0..keys {
-        if column == 0 {
-            v.prefetch_far::<S>(key);
+    width: usize,
+) -> usize {
+    let to = |r: usize, pair: usize, half: usize| out.add(r * width + (2 * pair + half) * S::LANES);
+    let mut acc: [[[S::Vector; 2]; P]; R] = std::array::from_fn(|r| {
+        std::array::from_fn(|pair| std::array::from_fn(|half| S::load(to(r, pair, half).cast_const())))
+    });
+    let (mut from, mut p) = (v.row(0), probabilities);
+    for _ in 0..keys {
+        let x: [[S::Vector; 2]; P] = std::array::from_fn(|pair| V::load_pair::<S>(from.add(2 * pair * S::LANES)));
+        for (r, acc) in acc.iter_mut().enumerate() {
+            let p = S::splat(p.add(r * stride).read());
+            for (acc, x) in acc.iter_mut().zip(&x) {
+                for half in 0..2 {
+                    acc[half] = S::fma(p, x[half], acc[half]);
+                }
+            }
         }
-        let from = v.row(key).add(column);
-        let p = S::splat(probabilities.add(key).read());
-        for (n, acc) in acc.iter_mut().enumerate() {
-            *acc = S::fma(p, V::load::<S>(from.add(n * S::LANES)), *acc);
+        (from, p) = (v.below(from), p.add(1));
+    }
+    for (r, acc) in acc.iter().enumerate() {
+        for (pair, acc) in acc.iter().enumerate() {
+            for (half, &acc) in acc.iter().enumerate() {
+                S::store(to(r, pair, half), acc);
+            }
         }
     }
-    for (n, &acc) in acc.iter().enumerate() {
-        S::store(out.add(n * S::LANES), acc);
+    2 * P * S::LANES
+}
+
+/// [`accumulate`] for the first vector of columns. Returns the number of columns.
+#[inline(always)]
+unsafe fn accumulate_vector<S: Simd, V: Element, const R: usize>(
+    probabilities: *const f32,
+    stride: usize,
+    v: Rows<V>,
+    keys: usize,
+    out: *mut f32,
+    width: usize,
+) -> usize {
+    for r in 0..R {
+        let mut acc = S::load(out.add(r * width));
+        for key in 0..keys {
+            let p = S::splat(probabilities.add(r * stride + key).read());
+            acc = S::fma(p, V::load::<S>(v.row(key)), acc);
+        }
+        S::store(out.add(r * width), acc);
     }
+    S::LANES
 }

@@ -131,6 +131,7 @@ impl Simd for Avx2 {
     type Vector = __m256;
     type Row = [__m256; 3];
     const LANES: usize = 8;
+    const REGISTERS: usize = 16;
     const PANEL: usize = 24;
     const TILE: usize = 4;
 
@@ -158,6 +159,20 @@ impl Simd for Avx2 {
     unsafe fn load_bf16(p: *const u16) -> __m256 {
         let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
         _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16_pair(p: *const u16) -> [__m256; 2] {
+        // Lower and upper halves of 32-bit words: no lane moves.
+        let bits = _mm256_loadu_si256(p.cast());
+        let upper = _mm256_and_si256(bits, _mm256_set1_epi32(0xffff_0000_u32 as i32));
+        [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits)), _mm256_castsi256_ps(upper)]
+    }
+
+    #[inline(always)]
+    unsafe fn bf16_pair_in_order([lower, upper]: [__m256; 2]) -> [__m256; 2] {
+        let (even, odd) = (_mm256_unpacklo_ps(lower, upper), _mm256_unpackhi_ps(lower, upper));
+        [_mm256_permute2f128_ps::<0x20>(even, odd), _mm256_permute2f128_ps::<0x31>(even, odd)]
     }
 
     #[inline(always)]
@@ -230,6 +245,16 @@ impl Simd for Avx2 {
         let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
         let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
         _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
+    }
+
+    #[inline(always)]
+    unsafe fn sums([a, b, c, d]: [__m256; 4]) -> [f32; 4] {
+        // Every step halves the lanes that belong to a sum and adds the halves of two operands.
+        let ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+        let cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+        let abcd = _mm256_add_ps(_mm256_shuffle_ps::<0x44>(ab, cd), _mm256_shuffle_ps::<0xee>(ab, cd));
+        let sums = _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps::<1>(abcd));
+        std::mem::transmute::<__m128, [f32; 4]>(sums)
     }
 
     #[inline(always)]

@@ -152,6 +152,7 @@ impl Simd for Avx512 {
     type Vector = __m512;
     type Row = [__m512; 2];
     const LANES: usize = 16;
+    const REGISTERS: usize = 32;
     const PANEL: usize = 32;
     const TILE: usize = 8;
 
@@ -179,6 +180,21 @@ impl Simd for Avx512 {
     unsafe fn load_bf16(p: *const u16) -> __m512 {
         let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
         _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16_pair(p: *const u16) -> [__m512; 2] {
+        // Lower and upper halves of 32-bit words: no lane moves.
+        let bits = _mm512_loadu_si512(p.cast());
+        let upper = _mm512_and_si512(bits, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+        [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)), _mm512_castsi512_ps(upper)]
+    }
+
+    #[inline(always)]
+    unsafe fn bf16_pair_in_order([lower, upper]: [__m512; 2]) -> [__m512; 2] {
+        let first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        let second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+        [_mm512_permutex2var_ps(lower, first, upper), _mm512_permutex2var_ps(lower, second, upper)]
     }
 
     #[inline(always)]
@@ -247,6 +263,17 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn sum(x: __m512) -> f32 {
         _mm512_reduce_add_ps(x)
+    }
+
+    #[inline(always)]
+    unsafe fn sums([a, b, c, d]: [__m512; 4]) -> [f32; 4] {
+        // Every step halves the lanes that belong to a sum and adds the halves of two operands.
+        let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+        let abcd = _mm512_add_ps(_mm512_shuffle_ps::<0x44>(ab, cd), _mm512_shuffle_ps::<0xee>(ab, cd));
+        let half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps::<1>(abcd));
+        let sums = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps::<1>(half));
+        std::mem::transmute::<__m128, [f32; 4]>(sums)
     }
 
     #[inline(always)]

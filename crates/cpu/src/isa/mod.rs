@@ -143,6 +143,8 @@ pub(crate) trait Simd: Copy + 'static {
     type Row: Copy + AsRef<[Self::Vector]> + AsMut<[Self::Vector]>;
     /// Float32 values in a vector.
     const LANES: usize;
+    /// Vectors that the registers hold.
+    const REGISTERS: usize;
     /// Query rows in a panel: a whole number of vectors.
     const PANEL: usize;
     /// Keys of one scores tile and value columns of one values tile.
@@ -153,6 +155,16 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn store(p: *mut f32, x: Self::Vector);
     unsafe fn load_f16(p: *const u16) -> Self::Vector;
     unsafe fn load_bf16(p: *const u16) -> Self::Vector;
+    /// `2 * LANES` values, in whichever order they are cheapest to convert.
+    #[inline(always)]
+    unsafe fn load_bf16_pair(p: *const u16) -> [Self::Vector; 2] {
+        [Self::load_bf16(p), Self::load_bf16(p.add(Self::LANES))]
+    }
+    /// A pair in the order of [`Self::load_bf16_pair`] becomes one in the order of memory.
+    #[inline(always)]
+    unsafe fn bf16_pair_in_order(pair: [Self::Vector; 2]) -> [Self::Vector; 2] {
+        pair
+    }
     /// Rounds to nearest even.
     unsafe fn store_f16(p: *mut u16, x: Self::Vector);
     /// Rounds to nearest even; a NaN stays a NaN.
@@ -172,6 +184,8 @@ pub(crate) trait Simd: Copy + 'static {
     /// `x` where `low <= key < high`, negative infinity elsewhere.
     unsafe fn keep_between(x: Self::Vector, key: Self::Vector, low: Self::Vector, high: Self::Vector) -> Self::Vector;
     unsafe fn sum(x: Self::Vector) -> f32;
+    /// The sum of each vector: its lanes are added in the same order wherever it stands and whatever the others are.
+    unsafe fn sums(x: [Self::Vector; 4]) -> [f32; 4];
     /// The largest lane.
     unsafe fn largest(x: Self::Vector) -> f32;
     /// `LANES` rows of `LANES` values, each times `factor`, become columns. Strides in elements.

@@ -139,6 +139,7 @@ impl Simd for Neon {
     type Vector = float32x4_t;
     type Row = [float32x4_t; 3];
     const LANES: usize = 4;
+    const REGISTERS: usize = 32;
     const PANEL: usize = 12;
     const TILE: usize = 8;
 
@@ -240,6 +241,11 @@ impl Simd for Neon {
     #[inline(always)]
     unsafe fn sum(x: float32x4_t) -> f32 {
         vaddvq_f32(x)
+    }
+
+    #[inline(always)]
+    unsafe fn sums([a, b, c, d]: [float32x4_t; 4]) -> [f32; 4] {
+        std::mem::transmute(vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)))
     }
 
     #[inline(always)]

@@ -19,6 +19,7 @@ impl Simd for Portable {
     type Vector = [f32; LANES];
     type Row = [[f32; LANES]; 1];
     const LANES: usize = LANES;
+    const REGISTERS: usize = 16;
     const PANEL: usize = LANES;
     const TILE: usize = 4;
 
@@ -113,6 +114,11 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn sum(x: Self::Vector) -> f32 {
         ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7]))
+    }
+
+    #[inline(always)]
+    unsafe fn sums(x: [Self::Vector; 4]) -> [f32; 4] {
+        x.map(|x| Self::sum(x))
     }
 
     #[inline(always)]

@@ -50,6 +50,7 @@ checks! {
     loads_and_stores
     widens_every_f16
     widens_every_bf16
+    widens_bf16_pairs
     rounds_to_f16
     rounds_to_bf16
     arithmetic
@@ -58,6 +59,7 @@ checks! {
     exponent_shift
     keeps_the_visible
     sum_of_lanes
+    sums_of_vectors
     largest_lane
     transposes
     scores_tile
@@ -296,6 +298,21 @@ unsafe fn widens_every_bf16<S: Simd>() {
 }
 
 #[inline(always)]
+unsafe fn widens_bf16_pairs<S: Simd>() {
+    let bits: Vec<u16> = (0..=u16::MAX).collect();
+    for chunk in bits.chunks_exact(2 * S::LANES) {
+        let mut widened = [0.0f32; 32];
+        let [a, b] = S::bf16_pair_in_order(S::load_bf16_pair(black_box(chunk).as_ptr()));
+        S::store(widened.as_mut_ptr(), a);
+        S::store(widened.as_mut_ptr().add(S::LANES), b);
+        for (&bits, &x) in chunk.iter().zip(&widened) {
+            let expected = f32::from_bits(u32::from(bits) << 16);
+            assert!(same(x, expected), "{bits:#06x} becomes {x:?}, not {expected:?}");
+        }
+    }
+}
+
+#[inline(always)]
 unsafe fn rounds_to_f16<S: Simd>() {
     check_rounding::<S>(&F16, |p, x| S::store_f16(p, x));
 }
@@ -375,6 +392,27 @@ unsafe fn sum_of_lanes<S: Simd>() {
             lanes[lane] = special;
             let sum = S::sum(S::load(black_box(lanes).as_ptr()));
             assert!(same(sum, special), "sum of {lanes:?} is {sum:?}");
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn sums_of_vectors<S: Simd>() {
+    let mut random = Random(9);
+    for _ in 0..10_000 {
+        let lanes: [[f32; 16]; 4] = black_box([(); 4].map(|()| [(); 16].map(|()| random.small())));
+        let expected = lanes.map(|lanes| lanes[..S::LANES].iter().sum());
+        assert_eq!(S::sums(lanes.map(|lanes| S::load(lanes.as_ptr()))), expected, "sums of {lanes:?}");
+    }
+    // Rounding shows the order of additions: it must depend neither on the place nor on the other vectors.
+    for _ in 0..10_000 {
+        let lanes: [f32; 16] = black_box([(); 16].map(|()| random.small() + random.next() as f32 * 2f32.powi(-65)));
+        let other = S::splat(random.small());
+        let x = S::load(lanes.as_ptr());
+        let [expected, ..] = S::sums([x; 4]);
+        for place in 0..4 {
+            let sums = S::sums(std::array::from_fn(|i| if i == place { x } else { other }));
+            assert_eq!(sums[place], expected, "sum number {place} of {lanes:?}");
         }
     }
 }
