@@ -4,24 +4,27 @@
 
 The texts are those that the planner's tiles have for the GPUs, tiers, dtypes, head dimensions and
 features below, as `python -m metal_flash_attn msl` prints them. What lies in the folder already, as
-the example backward_texts of crates/metal writes it, is compiled, too. Elsewhere than on a Mac with
-Xcode the texts are written only.
+the example kernel_texts of crates/metal writes it, is compiled, too. A kernel of crates/metal of
+which there is no text then is an error. Elsewhere than on a Mac with Xcode the texts are written
+only.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from metal_flash_attn import _native
 from metal_flash_attn._cli import _parser
 
+KERNELS = Path(__file__).parents[1] / "crates/metal/kernels"
 MACHINES = {
     "scalar": ["m1"],
     "simdgroup": ["m1", "m3-max"],
@@ -69,6 +72,16 @@ def write(folder: Path) -> None:
         path.write_text(f"// {' '.join(command)}\n{source}", encoding="ascii")
 
 
+def missing(folder: Path) -> list[str]:
+    """Kernels of crates/metal of which the folder has no text."""
+    kernel = re.compile(r"^kernel void (\w+)\(", re.MULTILINE)
+
+    def names(paths: Iterable[Path]) -> set[str]:
+        return {name for path in paths for name in kernel.findall(path.read_text(encoding="ascii"))}
+
+    return sorted(names(KERNELS.glob("*.metal")) - names(folder.glob("*.metal")))
+
+
 def compile_one(path: Path) -> str:
     """What the compiler says against a text; empty if nothing."""
     standard = "metal4.0" if TENSOR_HEADER in path.read_text(encoding="ascii") else "metal3.1"
@@ -85,6 +98,9 @@ def main() -> int:
         return 2
     folder = Path(sys.argv[1])
     write(folder)
+    if forgotten := missing(folder):
+        print(f"no text of {', '.join(forgotten)}: run the example kernel_texts", file=sys.stderr)
+        return 1
     texts = sorted(folder.glob("*.metal"))
     if shutil.which("xcrun") is None:
         print(f"{len(texts)} texts; not compiled: there is no xcrun here")

@@ -120,6 +120,22 @@ def test_tiles_of_a_tier_that_would_not_serve_can_be_counted(
 
 
 @pytest.mark.usefixtures("simulator")
+def test_tiles_of_the_decode_kernel_are_counted_with_one_query(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["--tier", "decode", "--candidates", "2", "--dry-run"]
+    (result,) = tune(capsys, *arguments)["results"]
+    assert result["key"] == "decode float16 64/64"
+    # K and V of 256 keys are read once, and what is merged is less than a half of them.
+    keys = 2 * 256 * 64 * 2
+    question = _tune.Case("f16", 64, causal=False).question(256, 1, "decode")
+    for pattern in result["costs"]:
+        counts = _native._count_tile(question, pattern)
+        assert keys < counts["device_bytes"] < 1.5 * keys
+        assert counts["products"] >= 2 * 256 // 8 * 64 // 8
+
+
+@pytest.mark.usefixtures("simulator")
 def test_nothing_is_kept_on_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert tune(capsys, "--candidates", "1", "--dry-run")["file"] is None
     assert not list(Path(os.environ["MTLFLASHATTN_CACHE"]).glob("*.json"))

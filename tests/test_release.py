@@ -173,6 +173,9 @@ def test_the_kernels_of_every_tier_are_written_for_the_compiler(tmp_path: Path) 
     texts = list(tmp_path.glob("*.metal"))
     assert {path.name.rpartition("-")[0] for path in texts} == set(compile_kernels.MACHINES)
     assert len(texts) > 200
+    # These come from the example kernel_texts of crates/metal.
+    others = ["append", "backward_delta", "backward_keys", "backward_query", "merge"]
+    assert compile_kernels.missing(tmp_path) == [f"attention_{name}" for name in others]
     for path in texts:
         needs_metal_4 = compile_kernels.TENSOR_HEADER in path.read_text(encoding="ascii")
         assert needs_metal_4 == path.name.startswith("tensorops")

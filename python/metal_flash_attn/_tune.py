@@ -29,6 +29,11 @@ _HOPELESS = 1.5
 _SIMULATED_LENGTH = 256
 
 
+def queries(tier: str | None, length: int) -> int:
+    """Queries of the problem on which `tier` is tuned: one for each key, or one in all."""
+    return 1 if tier == "decode" else length
+
+
 @dataclass(frozen=True)
 class Case:
     """A kind of call whose tile is tuned."""
@@ -43,12 +48,13 @@ class Case:
     def question(self, length: int, heads: int, tier: str | None) -> dict[str, Any]:
         """The call as the planner is asked about it."""
         machine = dict.fromkeys(["gpu", "cores", "macos", "torch"])
-        others = dict.fromkeys(["k", "v", "sequences", "window", "bias", "head_dim", "value_dim"])
+        others = dict.fromkeys(["v", "sequences", "window", "bias", "head_dim", "value_dim"])
         return {
             **machine,
             **others,
             "dtype": self.dtype,
-            "q": f"1x{length}x{heads}x{self.head_dim}",
+            "q": f"1x{queries(tier, length)}x{heads}x{self.head_dim}",
+            "k": f"1x{length}x{heads}x{self.head_dim}",
             "causal": self.causal,
             "softcap": 0.0,
             "alibi": False,
@@ -189,8 +195,10 @@ def _time(
     step: Callable[[], None],
 ) -> None:
     device = "mps" if torch.backends.mps.is_available() else "cpu"
-    shape = (1, plan.length, plan.heads, case.head_dim)
-    q, k, v = (torch.randn(shape, dtype=DTYPES[case.dtype], device=device) for _ in range(3))
+    q, k, v = (
+        torch.randn(1, rows, plan.heads, case.head_dim, dtype=DTYPES[case.dtype], device=device)
+        for rows in (queries(tier, plan.length), plan.length, plan.length)
+    )
 
     def call() -> None:
         flash_attn_func(q, k, v, causal=case.causal)

@@ -3,7 +3,10 @@
 use mtlflashattn_cache::{Cache, Fields, TunedTile, unix_seconds};
 use mtlflashattn_core::plan::{Candidate, Gpu, TilePattern, TuningKey, device_cost};
 use mtlflashattn_core::{self as core, Device, Dtype, Planner, Problem, Settings, Strides};
-use mtlflashattn_metal::{Device as _, DeviceError, Kernel, Launch, Outputs, Tensors};
+use mtlflashattn_metal::{
+    Argument, CacheTensors, DecodeLaunch, DecodeTensors, Device as _, DeviceError, Grid, Kernel, Launch, LaunchError,
+    MergeKernel, Outputs, Tensors,
+};
 use mtlflashattn_simulator::{Buffer, Counters, Launch as Dispatch, Layer, Options, Simulator};
 use pyo3::prelude::*;
 
@@ -98,15 +101,17 @@ pub struct CountAnswer {
 }
 
 impl CountAnswer {
-    fn new(counters: &Counters) -> Self {
-        let device_bytes = counters.device_read_bytes + counters.device_written_bytes;
-        let threadgroup_bytes = counters.threadgroup_read_bytes + counters.threadgroup_written_bytes;
+    /// Of all kernels of a call.
+    fn sum(kernels: &[Counters]) -> Self {
+        let sum = |of: fn(&Counters) -> u64| kernels.iter().map(of).sum::<u64>();
+        let device_bytes = sum(|counters| counters.device_read_bytes + counters.device_written_bytes);
+        let threadgroup_bytes = sum(|counters| counters.threadgroup_read_bytes + counters.threadgroup_written_bytes);
         Self {
             cost: device_cost(&Gpu::SIMULATED) as u64 * device_bytes + threadgroup_bytes,
             device_bytes,
             threadgroup_bytes,
-            products: counters.matrix_multiplies,
-            barriers: counters.simdgroup_barriers + counters.threadgroup_barriers,
+            products: sum(|counters| counters.matrix_multiplies),
+            barriers: sum(|counters| counters.simdgroup_barriers + counters.threadgroup_barriers),
         }
     }
 }
@@ -123,17 +128,16 @@ pub fn _count_tile(py: Python<'_>, question: Question, tile: String) -> PyResult
         let refused = |reason: core::plan::Reason| unsupported("--tile", reason.to_string(), "choose another");
         let plan = planner.serve(&problem, tier).map_err(refused)?;
         let kernel = kernel_of(&plan, &problem, false);
-        let kernel = kernel.filter(|kernel| kernel.tier != core::Tier::Decode);
         let kernel = kernel.ok_or_else(|| unsupported("--tier", format!("tuning {tier}"), "choose another"))?;
-        let counters = py.detach(|| count(&problem, &kernel));
+        let counters = py.detach(|| count(&problem, &kernel, plan.splits));
         let failed = |error: DeviceError| unsupported("--tile", format!("{tile}: {error}"), "choose another");
-        Ok(CountAnswer::new(&counters.map_err(failed)?))
+        Ok(CountAnswer::sum(&counters.map_err(failed)?))
     })
 }
 
-fn count(problem: &Problem, kernel: &Kernel) -> std::result::Result<Counters, DeviceError> {
+/// What each kernel of a call did: one, but for a decode kernel whose `splits` are merged.
+fn count(problem: &Problem, kernel: &Kernel, splits: usize) -> std::result::Result<Vec<Counters>, DeviceError> {
     let simulator = Simulator::new(Options::new(Layer::Check));
-    let pipeline = simulator.pipeline(&kernel.source(), kernel.entry())?;
     let (queries, keys) = (problem.lengths.max_query_len(), problem.lengths.max_key_len());
     let batch = problem.lengths.batch();
     let [q, k, v] = [
@@ -148,7 +152,6 @@ fn count(problem: &Problem, kernel: &Kernel) -> std::result::Result<Counters, De
     let row = (problem.query_heads * problem.value_dim) as i64;
     let strides = Strides { batch: queries as i64 * row, row, head: problem.value_dim as i64 };
     let outputs = Outputs { out: strides, lse: None };
-    let launch = Launch::new(problem, kernel, &outputs).map_err(|error| DeviceError::Memory(error.to_string()))?;
     let tensors = Tensors {
         q: &q,
         k: &k,
@@ -160,8 +163,26 @@ fn count(problem: &Problem, kernel: &Kernel) -> std::result::Result<Counters, De
         bias: None,
         sinks: None,
     };
-    let report = simulator.run(&pipeline, &launch.arguments(&tensors), &Dispatch::from(launch.grid))?;
-    Ok(report.counters)
+    let run = |source: &str, entry: &str, arguments: &[Argument<'_, Buffer>], grid: Grid| {
+        let pipeline = simulator.pipeline(source, entry)?;
+        Ok(simulator.run(&pipeline, arguments, &Dispatch::from(grid))?.counters)
+    };
+    let too_large = |error: LaunchError| DeviceError::Memory(error.to_string());
+    if kernel.tier != core::Tier::Decode {
+        let launch = Launch::new(problem, kernel, &outputs).map_err(too_large)?;
+        return Ok(vec![run(&kernel.source(), kernel.entry(), &launch.arguments(&tensors), launch.grid)?]);
+    }
+    let launch = DecodeLaunch::new(problem, kernel, &outputs, splits).map_err(too_large)?;
+    let partials = Buffer::poisoned(launch.partial_floats * size_of::<f32>())?;
+    let tensors =
+        DecodeTensors { forward: tensors, partials: launch.merge.map(|_| &partials), cache: CacheTensors::NONE };
+    let arguments = launch.arguments(&tensors);
+    let mut counters = vec![run(&kernel.source(), kernel.entry(), &arguments, launch.grid)?];
+    if let Some(grid) = launch.merge {
+        let merge = MergeKernel::of(kernel);
+        counters.push(run(&merge.source(), merge.entry(), &arguments, grid)?);
+    }
+    Ok(counters)
 }
 
 /// Values of -1, -1/2, 1/4 and 1 in no apparent order (a linear congruential generator; Knuth, The Art of Computer

@@ -1,6 +1,7 @@
-//! Prints what each kernel asks of the memory and the matrix units, beside the kernels of the older package.
+//! Prints what each kernel asks of the memory and the matrix units, beside the kernels of the older package, and what the
+//! decode kernel and the kernel that merges its splits ask for 1, 4, 8 and 32 queries.
 //!
-//! `make counters`. With `PEER`, the path of the older package's `_kernel.py`, its `matmul2d` kernels run, too; v1 is
+//! `make counters`, or with `--decode` that table alone. With `PEER`, the path of the older package's `_kernel.py`, its `matmul2d` kernels run, too; v1 is
 //! counted from its structure. Products are 8x8x8, those of `matmul2d` in this unit. Counts are exact and reproducible. Registers and
 //! occupancy are predictions of a model of M1-class GPUs (`mtlflashattn_core::plan::occupancy`); nothing here is a time.
 #![allow(clippy::print_stdout, reason = "prints a table")]
@@ -10,7 +11,7 @@ mod common;
 
 use common::bench::Bench;
 use common::peer::{self, PeerKernel, PeerShape};
-use common::{Case, Run};
+use common::{Case, Run, decode};
 use mtlflashattn_core::plan::occupancy::{KernelShape, Occupancy};
 use mtlflashattn_core::plan::{Chip, Gpu, Matmul, QueryHome, Version};
 use mtlflashattn_core::{Device, Dtype, MetalTile, Planner, Problem, Settings, Tier};
@@ -179,9 +180,88 @@ fn print_peer(python: &str, shape: &Shape, simulator: &Simulator) {
     }
 }
 
+/// Key heads of the table of the decode kernel, and query heads of each.
+const KEY_HEADS: usize = 2;
+const GROUP: usize = 4;
+/// Cores of the table: to those of an M1 as its key heads are to eight.
+const CORES: usize = 2;
+
+/// What a call of few queries asks for, with the planner's tiles and splits, for each key head and in KB.
+fn print_decode(bench: &Bench) {
+    println!("B1 H{}/{KEY_HEADS} float16, few queries; KB and counts for each key head", KEY_HEADS * GROUP);
+    println!(
+        "  {:<46} {:>6} {:>8} {:>8} {:>8} {:>9} {:>8} {:>8} {:>8} {:>8}",
+        "queries, keys, tile",
+        "splits",
+        "read",
+        "written",
+        "of least",
+        "products",
+        "tg bars",
+        "tg rd",
+        "merge rd",
+        "merge wr"
+    );
+    for dim in [64, 128] {
+        for queries in [1, 4, 8, 32] {
+            let keys = if queries == 32 { 2048 } else { 4096 };
+            print_decode_line(bench, dim, queries, keys);
+        }
+    }
+}
+
+fn print_decode_line(bench: &Bench, dim: usize, queries: usize, keys: usize) {
+    let run = Run::new(&Case {
+        dtype: Dtype::F16,
+        lengths: vec![(queries, keys)],
+        key_heads: KEY_HEADS,
+        group: GROUP,
+        head_dim: dim,
+        value_dim: dim,
+        lse: false,
+        ..Case::default()
+    });
+    let device = Device::Metal(Gpu { cores: CORES, ..Gpu::SIMULATED });
+    let plan = Planner::new(device, &Settings::DEFAULT).serve(&run.problem, Tier::Decode);
+    let plan = plan.unwrap_or_else(|reason| panic!("{reason}"));
+    let tile = plan.metal.expect("a tile");
+    let kernel = Kernel::decode(&run.problem, tile, false).aligned(&run.problem, [0; 3]);
+    let launched = decode::launch(bench, &kernel, &decode::Texts::of(&kernel), &run, plan.splits);
+    let (_, reports) = launched.unwrap_or_else(|error| panic!("{error}"));
+    let (decode, merge) = (&reports.decode.counters, &reports.merge.counters);
+    // K and V once, Q and O once.
+    let least = KEY_HEADS * (2 * keys + 2 * queries * GROUP) * dim * 2;
+    let out = (KEY_HEADS * queries * GROUP * dim * 2) as u64;
+    let asked = (decode.device_read_bytes + out) as f64 / least as f64;
+    let each = |count: u64| count as f64 / KEY_HEADS as f64;
+    let kilo = |bytes: u64| each(bytes) / 1e3;
+    let form = if tile.staged { "staged" } else { "direct" };
+    let name = format!(
+        "{queries}, {keys}, D{dim} {form} {}x{} rows {} keys",
+        tile.simdgroups,
+        tile.simdgroup_rows(),
+        tile.keys
+    );
+    println!(
+        "  {name:<46} {:>6} {:>8.1} {:>8.1} {asked:>8.3} {:>9} {:>8} {:>8.1} {:>8.1} {:>8.1}",
+        plan.splits,
+        kilo(decode.device_read_bytes),
+        kilo(decode.device_written_bytes),
+        each(decode.products()),
+        each(decode.threadgroup_barriers),
+        kilo(decode.threadgroup_read_bytes),
+        kilo(merge.device_read_bytes),
+        kilo(merge.device_written_bytes),
+    );
+}
+
 fn main() {
     let python = peer::read();
     let bench = Bench::new(Options::new(Layer::Check));
+    print_decode(&bench);
+    if std::env::args().any(|argument| argument == "--decode") {
+        return;
+    }
     for shape in &SHAPES {
         let Shape { heads, len, dim, causal, dtype } = *shape;
         let window = (-1, if causal { 0 } else { -1 });

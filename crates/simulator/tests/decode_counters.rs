@@ -60,6 +60,16 @@ fn keys_are_read_once_for_all_rows_of_a_group() {
         let reports = check(&bench, &kernel, &Texts::of(&kernel), &run, plan.splits).expect("a right result");
         let read = |index| reports.decode.buffer(index).map_or(0, |counts| counts.read_bytes);
         assert_eq!([read(1), read(2)], [key_bytes; 2], "{queries} queries");
+        // Two products for each fragment of rows and of keys. Barriers: four add up what four simdgroups parked; two are for
+        // each staged block.
+        let (group_rows, barriers) = if tile.staged {
+            (simdgroups * rows, 2 * keys / tile.keys as u64)
+        } else {
+            (rows, splits * 2 * u64::from(simdgroups.ilog2()))
+        };
+        let products = KEY_HEADS * 2 * (group_rows / 8) * (keys / 8) * (DIM / 8);
+        let counted = &reports.decode.counters;
+        assert_eq!((counted.products(), counted.threadgroup_barriers), (products, KEY_HEADS * barriers));
         // Every simdgroup reads its rows of Q once; those past the end read the last row again.
         let row = DIM * 2;
         let decode = &reports.decode.counters;
