@@ -18,7 +18,7 @@ use crate::element::{Element, narrow, widen};
 use crate::interrupt::Ticker;
 use crate::isa::{Simd, load_row};
 use crate::modify::PanelScores;
-use crate::rows::Rows;
+use crate::rows::{Rows, prefetch};
 use crate::workspace::Carver;
 use crate::{math, score};
 
@@ -193,6 +193,8 @@ impl Work<'_, '_> {
         let (staged, out) = (self.at(scratch.staged), self.at(scratch.staged + S::LANES.max(4) * scratch.widest));
         let factor = S::splat(score::query_factor(problem));
         for lane in (0..S::PANEL).step_by(S::LANES) {
+            let behind = panel_rows.start + lane + S::LANES;
+            self.prefetch_rows::<S, T>(behind..(behind + S::LANES).min(rows.end));
             for i in 0..S::LANES {
                 let row = panel_rows.start + lane + i;
                 self.stage::<S, T>(
@@ -225,6 +227,19 @@ impl Work<'_, '_> {
         }
         let d_queries = self.at(scratch.d_queries + panel * S::PANEL * scratch.query_columns);
         d_queries.write_bytes(0, S::PANEL * scratch.query_columns);
+    }
+
+    /// Asks for rows of q, dO and O: where the rows of a head lie apart, each of them would cost a miss.
+    #[inline(always)]
+    unsafe fn prefetch_rows<S: Simd, T: Element>(&self, rows: Range<usize>) {
+        let (call, task) = (&self.backward.call, &self.part.task);
+        let (head_bytes, value_bytes) =
+            (call.problem.head_dim * size_of::<T>(), call.problem.value_dim * size_of::<T>());
+        for row in rows {
+            prefetch::<S>(call.q_row::<T>(task, row).cast(), head_bytes);
+            prefetch::<S>(self.d_out_row::<T>(row).cast(), value_bytes);
+            prefetch::<S>(call.out_row::<T>(task, row).cast(), value_bytes);
+        }
     }
 
     /// A row as float32 with zeros behind it, or only zeros.
