@@ -2,23 +2,25 @@
 //!
 //! A task holds the rows of one key head, or a split of them, block by block, while all keys that they see stream past:
 //! the gradient of q is finished with the block, and those of k and v gather in sums of the split. Splits are added up
-//! in their order when all tasks are done. So every product is computed once, nobody writes what another one writes,
-//! and no bit depends on the number of threads.
+//! in their order when the last one of a head is done. So every product is computed once, nobody writes what another
+//! one writes, and no bit depends on the number of threads.
 
 mod block;
 mod reduce;
 mod schedule;
+mod sums;
 
 use mtlflashattn_core::{CpuBackwardTile, Dtype, Problem, Strides};
 
 use crate::call::Call;
 use crate::interrupt::Ticker;
 use crate::isa::{Isa, instantiate};
-use crate::queue::{self, Queue};
+use crate::queue::Queue;
 use crate::run::{MIN_PARALLEL_FLOPS, with_scratch};
 use crate::{Error, Inputs, Outputs};
 use block::{Part, Scratch};
-use schedule::{Schedule, Span};
+use schedule::{Head, Schedule};
+use sums::Sums;
 
 /// Gradients of the results of a forward pass.
 #[derive(Clone, Copy, Debug)]
@@ -65,22 +67,29 @@ unsafe impl Sync for Backward<'_> {}
 
 #[derive(Clone, Copy)]
 struct Kernels {
-    part: unsafe fn(&Backward<'_>, &Part, Scratch, *mut f32, &mut Ticker<'_>),
+    part: unsafe fn(&Backward<'_>, &Part, *mut f32, Scratch, *mut f32, &mut Ticker<'_>),
     scratch: fn(&Backward<'_>) -> Scratch,
     sums: fn(&Problem) -> schedule::Columns,
-    reduce: unsafe fn(&Backward<'_>, &Span, &[*const f32]),
+    reduce: unsafe fn(&Backward<'_>, &Head, *const f32),
 }
 
 /// Instantiates the generic code inside functions that enable an instruction set.
 macro_rules! kernels {
     ($isa:ty, $element:ty $(, $features:literal)?) => {{
         $(#[target_feature(enable = $features)])?
-        unsafe fn run_part(c: &Backward<'_>, p: &Part, s: Scratch, b: *mut f32, k: &mut Ticker<'_>) {
-            block::run::<$isa, $element>(c, p, s, b, k);
+        unsafe fn run_part(
+            c: &Backward<'_>,
+            p: &Part,
+            sums: *mut f32,
+            s: Scratch,
+            b: *mut f32,
+            k: &mut Ticker<'_>,
+        ) {
+            block::run::<$isa, $element>(c, p, sums, s, b, k);
         }
         $(#[target_feature(enable = $features)])?
-        unsafe fn run_reduce(c: &Backward<'_>, span: &Span, splits: &[*const f32]) {
-            reduce::run::<$isa, $element>(c, span, splits);
+        unsafe fn run_reduce(c: &Backward<'_>, head: &Head, sums: *const f32) {
+            reduce::run::<$isa, $element>(c, head, sums);
         }
         Kernels {
             part: run_part,
@@ -130,10 +139,9 @@ pub unsafe fn backward(
     // SAFETY: the caller's contract.
     unsafe { reduce::clear_uncovered(&backward, &schedule) };
     let workers = if problem.flops() >= MIN_PARALLEL_FLOPS { threads.saturating_sub(1) } else { 0 };
-    let run = Run { backward: &backward, schedule: &schedule, kernels };
+    let run = Run { backward: &backward, schedule: &schedule, sums: schedule.sums(), kernels };
     let helpers = workers.min(schedule.parts().saturating_sub(1));
     Queue::run(helpers, interrupted, |queue, ticker| run.parts(queue, ticker))?;
-    queue::for_each(workers, schedule.spans(), |index| run.reduce(index));
     // SAFETY: all parts have finished.
     unsafe { reduce::sinks(&backward, &schedule) };
     Ok(())
@@ -142,10 +150,11 @@ pub unsafe fn backward(
 struct Run<'a> {
     backward: &'a Backward<'a>,
     schedule: &'a Schedule,
+    sums: Sums,
     kernels: Kernels,
 }
 
-// SAFETY: the sums of a part are written by one task, and read after all tasks.
+// SAFETY: the sums of a part are written by one task, and read after all tasks of their head.
 unsafe impl Sync for Run<'_> {}
 
 impl Run<'_> {
@@ -155,16 +164,18 @@ impl Run<'_> {
         with_scratch(scratch.len(), |block| {
             while let Some(index) = queue.next(self.schedule.parts(), ticker) {
                 let part = self.schedule.part(&self.backward.call, index);
-                // SAFETY: `backward`'s contract; the scratch block has the size that the layout asks for.
-                unsafe { (self.kernels.part)(self.backward, &part, scratch, block, ticker) }
+                let sums = self.sums.begin(part.head.index)?.wrapping_add(part.sums);
+                // SAFETY: `backward`'s contract; both blocks have the sizes that the schedule and the layout ask for.
+                unsafe {
+                    sums.write_bytes(0, part.head.part_len);
+                    (self.kernels.part)(self.backward, &part, sums, scratch, block, ticker);
+                }
+                // SAFETY: all parts of the head have ended, so that its sums are complete.
+                self.sums.end(part.head.index, |sums| unsafe {
+                    (self.kernels.reduce)(self.backward, &part.head, sums);
+                });
             }
-        })
-    }
-
-    /// Adds up the splits of a span.
-    fn reduce(&self, index: usize) {
-        let (span, splits) = self.schedule.span(&self.backward.call, index);
-        // SAFETY: all parts have finished, so that their sums are complete.
-        unsafe { (self.kernels.reduce)(self.backward, &span, &splits) }
+            Ok(())
+        })?
     }
 }

@@ -123,17 +123,17 @@ impl Run<'_> {
 }
 
 /// Runs `work` with `len` float32 values of scratch memory, kept for the thread's next call when it is small.
-pub(crate) fn with_scratch(len: usize, work: impl FnOnce(*mut f32)) -> Result<(), Error> {
+pub(crate) fn with_scratch<R>(len: usize, work: impl FnOnce(*mut f32) -> R) -> Result<R, Error> {
     let kept = KEPT.with(|kept| kept.borrow_mut().take()).filter(|(size, _)| *size >= len);
     let (size, block) = match kept {
         Some(kept) => kept,
         None => (len, Block::new(len)?),
     };
-    work(block.as_ptr());
+    let result = work(block.as_ptr());
     if size <= KEPT_FLOATS {
         KEPT.with(|kept| *kept.borrow_mut() = Some((size, block)));
     }
-    Ok(())
+    Ok(result)
 }
 
 /// Rows of a packed q outside all sequences: output 0, LSE +inf.

@@ -22,8 +22,9 @@ const MAX_SPLITS: usize = 8;
 const MIN_SPLIT_ROWS: usize = 512;
 /// Keys of a block: with two score tiles of 64 keys by 32 rows its work fits in a 32 KiB first-level cache.
 const KEY_BLOCK: usize = 64;
-/// Bytes of a block's rows: Q, dO and dQ with their transposes, half of a 512 KiB second-level cache.
-const BLOCK_BYTES: usize = 256 * 1024;
+/// Bytes of a block's rows: Q, dO and dQ with their transposes. Smaller blocks would stage every key more often, which
+/// costs more than what a small second-level cache loses.
+const BLOCK_BYTES: usize = 512 * 1024;
 /// Most panels of a block.
 const MAX_PANELS: usize = 16;
 

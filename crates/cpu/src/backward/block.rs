@@ -11,7 +11,7 @@ use mtlflashattn_core::Problem;
 use mtlflashattn_core::dropout::GROUP;
 
 use super::Backward;
-use super::schedule::Columns;
+use super::schedule::{Columns, Head};
 use crate::call::Task;
 use crate::dropout::PanelDropout;
 use crate::element::{Element, narrow, widen};
@@ -28,11 +28,11 @@ const MAX_PANELS: usize = 16;
 /// What one thread computes at once: some rows of a key head against all keys.
 pub(super) struct Part {
     pub(super) task: Task,
-    /// Sums for the gradients of k and v, laid out as `columns` says; 0 at the beginning.
-    pub(super) sums: *mut f32,
+    pub(super) head: Head,
+    /// Where its sums lie among those of its head.
+    pub(super) sums: usize,
     /// A value for each query head of the key head.
     pub(super) sinks: *mut f32,
-    pub(super) columns: Columns,
 }
 
 /// Offsets of the pieces of a thread's scratch block, in float32 values.
@@ -121,6 +121,7 @@ impl Scratch {
 struct Work<'a, 'b> {
     backward: &'a Backward<'b>,
     part: &'a Part,
+    sums: *mut f32,
     scratch: Scratch,
     block: *mut f32,
 }
@@ -135,19 +136,20 @@ struct KeyBlock {
     v: (*const f32, usize),
 }
 
-/// Runs `part` in the scratch memory `block`.
+/// Runs `part` in the scratch memory `block`. It adds to `sums`, which are laid out as the columns of its head say.
 ///
 /// # Safety
-/// `backward` must hold valid buffers, `block` the floats that `scratch` asks for, and `S` must be available.
+/// `backward` must hold valid buffers, `sums` those of a part, `block` the floats that `scratch` asks for, and `S` must be available.
 #[inline(always)]
 pub(super) unsafe fn run<S: Simd, T: Element>(
     backward: &Backward<'_>,
     part: &Part,
+    sums: *mut f32,
     scratch: Scratch,
     block: *mut f32,
     ticker: &mut Ticker<'_>,
 ) {
-    let work = Work { backward, part, scratch, block };
+    let work = Work { backward, part, sums, scratch, block };
     let rows = &part.task.rows;
     for start in (rows.start..rows.end).step_by(scratch.block_rows) {
         let rows = start..(start + scratch.block_rows).min(rows.end);
@@ -302,11 +304,11 @@ impl Work<'_, '_> {
     /// Staged rows to `[chunk][rows][PANEL]`, `at` rows from the beginning.
     #[inline(always)]
     unsafe fn split_columns<S: Simd>(&self, staged: *const f32, width: usize, at: usize, to: usize) {
-        for (chunk, column) in (0..width).step_by(S::PANEL).enumerate() {
+        for (chunk, columns) in Columns::of_width::<S>(width).enumerate() {
             let to = self.at(to + (chunk * self.scratch.block_rows + at) * S::PANEL);
             for i in 0..S::LANES {
-                let from = staged.add(i * self.scratch.widest + column);
-                for n in (0..S::PANEL).step_by(S::LANES) {
+                let from = staged.add(i * self.scratch.widest + columns.start);
+                for n in (0..columns.len()).step_by(S::LANES) {
                     S::store(to.add(i * S::PANEL + n), S::load(from.add(n)));
                 }
             }
@@ -340,14 +342,14 @@ impl Work<'_, '_> {
                 self.differentiate_panel::<S>(rows, panel, &block, tiles);
             }
         }
-        let columns = self.part.columns;
-        let value_sums = self.part.sums.add(columns.key_chunks * columns.chunk(task.sequence.key_len));
+        let columns = self.part.head.columns;
+        let value_sums = self.sums.add(columns.key_chunks * columns.chunk(task.sequence.key_len));
         let (weights, d_scores) = (self.at(scratch.weights), self.at(scratch.d_scores));
         if columns.value_chunks > 0 {
             self.gather::<S>(&block, &tiles[..panels], weights, scratch.d_out_rows, problem.value_dim, value_sums);
         }
         if columns.key_chunks > 0 {
-            self.gather::<S>(&block, &tiles[..panels], d_scores, scratch.query_rows, problem.head_dim, self.part.sums);
+            self.gather::<S>(&block, &tiles[..panels], d_scores, scratch.query_rows, problem.head_dim, self.sums);
         }
     }
 
@@ -538,9 +540,9 @@ impl Work<'_, '_> {
     ) {
         let scratch = &self.scratch;
         let weights_stride = scratch.key_block * S::PANEL;
-        let chunk_len = self.part.columns.chunk(self.part.task.sequence.key_len);
-        for (chunk, column) in (0..width).step_by(S::PANEL).enumerate() {
-            let vectors = (width - column).min(S::PANEL).div_ceil(S::LANES);
+        let chunk_len = self.part.head.columns.chunk(self.part.task.sequence.key_len);
+        for (chunk, columns) in Columns::of_width::<S>(width).enumerate() {
+            let vectors = columns.len().div_ceil(S::LANES);
             let rows = self.at(rows + chunk * scratch.block_rows * S::PANEL);
             for key in (0..block.padded).step_by(S::TILE) {
                 let sees = |tiles: &Range<usize>| tiles.contains(&key);

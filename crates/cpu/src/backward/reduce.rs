@@ -4,55 +4,55 @@ use std::ops::Range;
 
 use mtlflashattn_core::{Lengths, Strides};
 
-use super::schedule::{Schedule, Span};
+use super::schedule::{Columns, Head, Schedule};
 use super::{Backward, Gradient};
 use crate::call::offset;
 use crate::element::{Element, narrow};
 use crate::isa::Simd;
 
-/// Adds the `splits` of a span up and writes its rows.
+/// Adds the `sums` of a head's splits up, one behind the other, and writes its rows.
 ///
 /// # Safety
 /// The gradients must be valid, and every split must hold the sums of its part.
 #[inline(always)]
-pub(super) unsafe fn run<S: Simd, T: Element>(backward: &Backward<'_>, span: &Span, splits: &[*const f32]) {
-    let (problem, columns) = (backward.call.problem, span.columns);
+pub(super) unsafe fn run<S: Simd, T: Element>(backward: &Backward<'_>, head: &Head, sums: *const f32) {
+    let (problem, columns) = (backward.call.problem, head.columns);
     let keys = (&backward.wanted.k, 0..columns.key_chunks, problem.head_dim, problem.scale);
     let value_chunks = columns.key_chunks..columns.key_chunks + columns.value_chunks;
     let values = (&backward.wanted.v, value_chunks, problem.value_dim, 1.0);
     for (gradient, chunks, width, factor) in [keys, values] {
         if !gradient.data.is_null() {
-            write_rows::<S, T>(span, splits, gradient, chunks, width, factor);
+            write_rows::<S, T>(head, sums, gradient, chunks, width, factor);
         }
     }
 }
 
 #[inline(always)]
 unsafe fn write_rows<S: Simd, T: Element>(
-    span: &Span,
-    splits: &[*const f32],
+    head: &Head,
+    sums: *const f32,
     gradient: &Gradient,
     chunks: Range<usize>,
     width: usize,
     factor: f32,
 ) {
-    let sequence = &span.task.sequence;
-    let chunk_len = span.columns.chunk(sequence.key_len);
+    let sequence = &head.task.sequence;
+    let chunk_len = head.columns.chunk(sequence.key_len);
     // At most 32 columns.
-    let mut sums = [0.0f32; 32];
-    for key in span.keys.clone() {
+    let mut total = [0.0f32; 32];
+    for key in 0..sequence.key_len {
         let token = sequence.key_start + key;
-        let row = gradient.data.cast::<T>().offset(offset(&gradient.strides, sequence, token, span.task.key_head));
-        for (chunk, column) in chunks.clone().zip((0..width).step_by(S::PANEL)) {
+        let row = gradient.data.cast::<T>().offset(offset(&gradient.strides, sequence, token, head.task.key_head));
+        for (chunk, columns) in chunks.clone().zip(Columns::of_width::<S>(width)) {
             let at = chunk * chunk_len + key * S::PANEL;
-            for n in (0..S::PANEL).step_by(S::LANES) {
+            for n in (0..columns.len()).step_by(S::LANES) {
                 let mut sum = S::splat(0.0);
-                for split in splits {
-                    sum = S::add(sum, S::load(split.add(at + n)));
+                for split in 0..head.splits {
+                    sum = S::add(sum, S::load(sums.add(split * head.part_len + at + n)));
                 }
-                S::store(sums.as_mut_ptr().add(n), S::mul(sum, S::splat(factor)));
+                S::store(total.as_mut_ptr().add(n), S::mul(sum, S::splat(factor)));
             }
-            narrow::<S, T>(sums.as_ptr(), S::PANEL.min(width - column), row.add(column));
+            narrow::<S, T>(total.as_ptr(), columns.len(), row.add(columns.start));
         }
     }
 }

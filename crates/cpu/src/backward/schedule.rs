@@ -1,19 +1,18 @@
-//! How a call for gradients is cut: sequences, key heads and splits of their rows; then spans of keys.
+//! How a call for gradients is cut: sequences, key heads and splits of their rows.
 
 use std::ops::Range;
 
 use mtlflashattn_core::Problem;
 
 use super::block::Part;
+use super::sums::Sums;
 use crate::Error;
 use crate::call::{Call, Sequence, Task};
 use crate::isa::Simd;
-use crate::workspace::{Block, Carver};
+use crate::workspace::Block;
 
-/// Keys whose splits one thread adds up at once.
-const SPAN_KEYS: usize = 256;
-
-/// How the sums of a split are laid out: `[chunk][keys][PANEL]` for k, then for v, where a chunk is `PANEL` columns.
+/// How the sums of a split are laid out: `[chunk][keys][PANEL]` for k, then for v, where a chunk is at most `PANEL`
+/// columns.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Columns {
     panel: usize,
@@ -46,25 +45,30 @@ impl Columns {
         key_len.next_multiple_of(self.tile) * self.panel
     }
 
+    /// The columns of each chunk of `width` columns: nearly equal numbers of whole vectors, because a tile that is one
+    /// vector wide has too few accumulators to keep the units busy.
+    pub(super) fn of_width<S: Simd>(width: usize) -> impl Iterator<Item = Range<usize>> {
+        let (vectors, count) = (width.div_ceil(S::LANES), width.div_ceil(S::PANEL));
+        let start = move |chunk: usize| (vectors * chunk).div_ceil(count) * S::LANES;
+        (0..count).map(move |chunk| start(chunk)..start(chunk + 1).min(width))
+    }
+
     const fn len(self, key_len: usize) -> usize {
         (self.key_chunks + self.value_chunks) * self.chunk(key_len)
     }
 }
 
-/// One sequence and its share of the parts and spans.
+/// One sequence and its share of the parts and heads.
 struct Share {
     sequence: Sequence,
     first_part: usize,
     splits: usize,
-    first_span: usize,
-    spans: usize,
-    /// Where the sums of its parts start.
-    sums: usize,
-    /// Values from one part to the next.
+    first_head: usize,
+    /// Sums of one part, in float32 values.
     part_len: usize,
 }
 
-/// All parts of a call, and the sums they leave.
+/// All parts of a call. Those of a key head follow one another.
 pub(super) struct Schedule {
     shares: Vec<Share>,
     key_heads: usize,
@@ -72,8 +76,6 @@ pub(super) struct Schedule {
     split_rows: usize,
     columns: Columns,
     parts: usize,
-    spans: usize,
-    sums: Block,
     /// `[parts][group]`: what each part adds to the gradient of the sinks.
     sinks: Block,
 }
@@ -81,42 +83,34 @@ pub(super) struct Schedule {
 impl Schedule {
     pub(super) fn new(call: &Call<'_>, split_rows: usize, columns: Columns) -> Result<Self, Error> {
         let key_heads = call.problem.key_heads;
-        let (mut parts, mut spans, mut sums) = (0, 0, Carver::default());
+        let mut parts = 0;
         let mut shares = Vec::with_capacity(call.problem.lengths.batch());
         for index in 0..call.problem.lengths.batch() {
             let sequence = call.sequence(index);
-            let splits = (sequence.query_len * call.group).div_ceil(split_rows);
-            let own_spans = sequence.key_len.div_ceil(SPAN_KEYS);
+            // Keys that no query sees have a part, too: it leaves zeros.
+            let splits = (sequence.query_len * call.group).div_ceil(split_rows).max(1);
             let part_len = columns.len(sequence.key_len).next_multiple_of(16);
-            let start = sums.take(key_heads * splits * part_len);
-            shares.push(Share {
-                sequence,
-                first_part: parts,
-                splits,
-                first_span: spans,
-                spans: own_spans,
-                sums: start,
-                part_len,
-            });
+            shares.push(Share { sequence, first_part: parts, splits, first_head: index * key_heads, part_len });
             parts += key_heads * splits;
-            spans += key_heads * own_spans;
         }
         let sinks = Block::zeroed(parts * call.group)?;
-        let sums = Block::zeroed(sums.len())?;
-        Ok(Self { shares, key_heads, group: call.group, split_rows, columns, parts, spans, sums, sinks })
+        Ok(Self { shares, key_heads, group: call.group, split_rows, columns, parts, sinks })
     }
 
     pub(super) const fn parts(&self) -> usize {
         self.parts
     }
 
-    pub(super) const fn spans(&self) -> usize {
-        self.spans
-    }
-
     /// Sequences in their order.
     pub(super) fn sequences(&self) -> impl Iterator<Item = &Sequence> {
         self.shares.iter().map(|share| &share.sequence)
+    }
+
+    /// Room for the sums of the heads that are under way.
+    pub(super) fn sums(&self) -> Sums {
+        let heads = self.shares.iter().flat_map(|share| std::iter::repeat_n(share.splits, self.key_heads));
+        let largest = self.shares.iter().map(|share| share.splits * share.part_len).max();
+        Sums::new(heads, largest.unwrap_or(0))
     }
 
     /// Part number `index`.
@@ -127,24 +121,28 @@ impl Schedule {
         let (key_head, split) = (local / share.splits, share.splits - 1 - local % share.splits);
         let rows = share.sequence.query_len * call.group;
         let start = split * self.split_rows;
-        let task = Task { rows: start..(start + self.split_rows).min(rows), ..whole(share.sequence, key_head, rows) };
-        let number = share.first_part + key_head * share.splits + split;
-        Part { task, sums: self.sums(share, key_head, split), sinks: self.sinks(number), columns: self.columns }
-    }
-
-    /// Span number `index`, and the sums of the splits that it adds up.
-    pub(super) fn span(&self, call: &Call<'_>, index: usize) -> (Span, Vec<*const f32>) {
-        let share = &self.shares[self.shares.partition_point(|share| share.first_span <= index) - 1];
-        let local = index - share.first_span;
-        let (key_head, start) = (local / share.spans, local % share.spans * SPAN_KEYS);
-        let rows = share.sequence.query_len * call.group;
-        let keys = start..(start + SPAN_KEYS).min(share.sequence.key_len);
-        let splits = (0..share.splits).map(|split| self.sums(share, key_head, split).cast_const());
-        (Span { task: whole(share.sequence, key_head, rows), keys, columns: self.columns }, splits.collect())
-    }
-
-    fn sums(&self, share: &Share, key_head: usize, split: usize) -> *mut f32 {
-        self.sums.as_ptr().wrapping_add(share.sums + (key_head * share.splits + split) * share.part_len)
+        let head = Head {
+            index: share.first_head + key_head,
+            task: Task {
+                sequence: share.sequence,
+                key_head,
+                heads: 1,
+                rows: 0..rows,
+                keys: 0..share.sequence.key_len,
+                partial: None,
+                first_split: true,
+            },
+            splits: share.splits,
+            part_len: share.part_len,
+            columns: self.columns,
+        };
+        let task = Task { rows: start..(start + self.split_rows).min(rows), ..head.task.clone() };
+        Part {
+            task,
+            sums: split * share.part_len,
+            sinks: self.sinks(share.first_part + key_head * share.splits + split),
+            head,
+        }
     }
 
     fn sinks(&self, part: usize) -> *mut f32 {
@@ -166,14 +164,14 @@ impl Schedule {
     }
 }
 
-/// Keys of a sequence and key head whose sums are complete.
-pub(super) struct Span {
+/// A key head of a sequence: what its parts have in common.
+pub(super) struct Head {
+    /// Its number in the call.
+    pub(super) index: usize,
+    /// All of its rows and keys.
     pub(super) task: Task,
-    pub(super) keys: Range<usize>,
+    /// Its parts, and the sums of one of them in float32 values.
+    pub(super) splits: usize,
+    pub(super) part_len: usize,
     pub(super) columns: Columns,
-}
-
-/// All rows of a key head against all keys.
-fn whole(sequence: Sequence, key_head: usize, rows: usize) -> Task {
-    Task { sequence, key_head, heads: 1, rows: 0..rows, keys: 0..sequence.key_len, partial: None, first_split: true }
 }
