@@ -181,9 +181,13 @@ def test_what_no_kernel_computes() -> None:
     exact.check(q=d_q, k=d_k, v=d_v, sinks=d_sinks)
     bias = torch.zeros(21, 21, requires_grad=True)
     chosen = plan(Q, K, V, bias=bias, backward=True)
+    assert (chosen.tile, chosen.tile_source) == (None, None)
     assert chosen.tier == "torch"
     assert dict(chosen.reasons)["simdgroup"] == "computes no gradient of a bias"
-    assert plan(Q, K, V, bias=bias.detach(), backward=True).tier == "simdgroup"
+    served = plan(Q, K, V, bias=bias.detach(), backward=True)
+    assert (served.tier, served.tile_source) == ("simdgroup", "default")
+    kernels = [tile.partition(": ")[0] for tile in str(served.tile).split("; ")]
+    assert kernels == ["dq", "dk and dv"]
 
 
 # First uses.

@@ -48,7 +48,7 @@ class Plan:
         """Instruction set of the cpu tier; None for the others."""
     @property
     def tile(self) -> str | None:
-        """Tile of a Metal kernel, in words; None for tiers without tiles."""
+        """Tile of a Metal kernel, in words, or of each kernel of gradients; None without tiles."""
     @property
     def tile_source(self) -> str | None:
         """Where the tile comes from: "default", "tuned" or "forced"; None without one."""

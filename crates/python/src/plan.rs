@@ -1,6 +1,6 @@
 //! `plan()`: which tier would serve a call, and why not the others.
 
-use mtlflashattn_core::plan::{Reason, TileChoice, TunedTiles, Wanted};
+use mtlflashattn_core::plan::{BackwardPass, BackwardTile, Reason, TileChoice, TileSource, TunedTiles, Wanted};
 use mtlflashattn_core::{self as core, Demotions, Planner, Tier};
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -21,7 +21,7 @@ pub struct Plan {
     tier: &'static str,
     /// Instruction set of the cpu tier; `None` for the others.
     isa: Option<&'static str>,
-    /// The tile of a Metal kernel, in words; `None` for tiers without tiles.
+    /// The tile of a Metal kernel, in words, or those of the kernels of gradients; `None` for tiers without tiles.
     tile: Option<String>,
     /// Where the tile comes from: "default", "tuned" or "forced".
     tile_source: Option<&'static str>,
@@ -33,6 +33,16 @@ impl Plan {
     fn new(tier: Tier, isa: Option<&'static str>, passed_over: &[(Tier, Reason)]) -> Self {
         let reasons = passed_over.iter().map(|(tier, reason)| (tier.name(), reason.to_string())).collect();
         Self { tier: tier.name(), isa, tile: None, tile_source: None, reasons }
+    }
+
+    /// The tiles of kernels that run one after the other; what sums dO * O has none.
+    fn with_backward_tiles(self, kernels: &[(BackwardPass, BackwardTile)]) -> Self {
+        let sums = kernels.iter().filter(|(pass, _)| *pass != BackwardPass::Delta);
+        let tiles: Vec<String> = sums.map(|(pass, tile)| format!("{}: {tile}", pass.name())).collect();
+        if tiles.is_empty() {
+            return self;
+        }
+        Self { tile: Some(tiles.join("; ")), tile_source: Some(TileSource::Default.name()), ..self }
     }
 
     fn with_tile(self, choice: Option<TileChoice>) -> Self {
@@ -114,7 +124,8 @@ pub fn plan<'py>(
                 let Some(refusal) = refusal.transpose()?.flatten() else { break plan };
                 demotions.demote(plan.tier, refusal.to_string());
             };
-            return Ok(Plan::new(plan.tier, plan.cpu.map(|_| isa.name()), &plan.passed_over));
+            let isa = plan.cpu.map(|_| isa.name());
+            return Ok(Plan::new(plan.tier, isa, &plan.passed_over).with_backward_tiles(&plan.metal));
         }
         let mut demotions = Demotions::default();
         let tuned_here = metal.map(|metal| settings.tuned(py, metal)).transpose()?;
