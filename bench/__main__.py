@@ -26,6 +26,11 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, default=2.0, help="per case (default 2)")
     parser.add_argument("--only", default="", help="cases whose name contains this text")
+    parser.add_argument(
+        "--llama",
+        metavar="LIBRARY",
+        help="libggml.so of a llama.cpp build, to compare decode with (docs/development.md)",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
     return parser.parse_args()
 
@@ -43,7 +48,13 @@ def main() -> None:
     from metal_flash_attn._native import instruction_sets
 
     restart_with(options.isa or ("avx2" if "avx2" in instruction_sets() else "native"))
-    from . import memory, overhead, tables
+    from . import caches, llama, memory, overhead, tables
+
+    if options.llama:
+        try:
+            caches.library = llama.Ggml(options.llama)
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
 
     sections = [
         tables.one_thread(options.seconds, options.only),

@@ -2,10 +2,21 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from metal_flash_attn._bench.contenders import prepare
 from metal_flash_attn._bench.problem import Problem
+
+Call = Callable[[], object]
+
+
+class Calls(NamedTuple):
+    """What a case measures, with its inputs."""
+
+    ours: Call
+    peer: Call
+    llama: Call | None = None
+    """llama.cpp's attention, where there is a library and it can compute the case."""
 
 
 @dataclass
@@ -13,8 +24,8 @@ class Case:
     """One row of the table."""
 
     name: str
-    ours: Callable[[], object]
-    peer: Callable[[], object]
+    prepare: Callable[[], Calls]
+    """Makes the inputs, which is left until it is known that the case is wanted."""
     work: float
     """FLOP, or bytes where memory is the limit."""
     unit: Literal["GFLOP/s", "GB/s"] = "GFLOP/s"
@@ -24,12 +35,15 @@ class Case:
 
 def of(problem: Problem, target: float | None = None) -> Case:
     """A problem with random inputs, each library in the memory order that it is used with."""
-    inputs = prepare(problem)
     bound = problem.is_memory_bound
+
+    def calls() -> Calls:
+        inputs = prepare(problem)
+        return Calls(inputs.our_call(), inputs.stock_call())
+
     return Case(
         problem.name or _name(problem),
-        inputs.our_call(),
-        inputs.stock_call(),
+        calls,
         problem.minimal_bytes if bound else problem.flops,
         "GB/s" if bound else "GFLOP/s",
         target,

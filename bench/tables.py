@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 
 import metal_flash_attn
@@ -38,12 +39,15 @@ def one_thread(seconds: float, only: str) -> Section:
     peak, bandwidth = ceilings()
     section = Section(
         "One thread, CPU time",
-        ["case", "torch", "ours", "unit", "of peak", "ratio", "target"],
+        ["case", "torch", "ours", "unit", "of peak", "ratio", "target"]
+        + (["llama.cpp", "ours / llama.cpp"] if caches.library else []),
         f"{machine()}. Peak: {peak:.0f} GFLOP/s multiply-add, {bandwidth:.1f} GB/s read, measured.",
     )
     every_case = chain(cases.one_thread(), caches.one_thread())
     for case in track(selected(every_case, only), "one thread", transient=True):
-        ours, peer = medians(interleave([case.ours, case.peer], CPU_TIME, seconds))
+        calls = case.prepare()
+        taken = medians(interleave([call for call in calls if call], CPU_TIME, seconds))
+        ours, peer, *llama = taken
         limit = peak if case.unit == "GFLOP/s" else bandwidth
         section.rows.append(
             [
@@ -54,7 +58,10 @@ def one_thread(seconds: float, only: str) -> Section:
                 f"{100 * case.work / ours / 1e9 / limit:.0f}%",
                 f"{peer / ours:.2f}x",
                 f"{case.target:.1f}x" if case.target else "",
+                *(f"{case.work / theirs / 1e9:.1f}" for theirs in llama),
+                *(f"{theirs / ours:.2f}x" for theirs in llama),
             ]
+            + (["", ""] if caches.library and not llama else [])
         )
     return section
 
@@ -67,16 +74,13 @@ def two_threads(seconds: float, only: str) -> Section:
         "Speed-up over one thread of the same library; 2.00x is ideal.",
     )
 
-    def on(threads: int, case: cases.Case, *, peer: bool) -> None:
+    def on(threads: int, call: cases.Call) -> None:
         torch.set_num_threads(threads)
-        (case.peer if peer else case.ours)()
+        call()
 
     for case in track(selected(cases.two_threads(), only), "two threads", transient=True):
-        contenders = [
-            lambda threads=threads, case=case, peer=peer: on(threads, case, peer=peer)
-            for peer in (False, True)
-            for threads in (1, 2)
-        ]
+        ours, peer, _ = case.prepare()
+        contenders = [partial(on, threads, call) for call in (ours, peer) for threads in (1, 2)]
         samples = interleave(contenders, WALL_TIME, 2 * seconds)
         ours1, ours2, peer1, peer2 = medians(samples)
         section.rows.append(
