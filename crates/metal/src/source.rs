@@ -242,7 +242,13 @@ impl Kernel {
                     include_str!("../kernels/simdgroup.metal")
                 )
             }
-            Tier::Tensorops | Tier::TensoropsStaged => include_str!("../kernels/tensorops.metal"),
+            Tier::Tensorops | Tier::TensoropsStaged => {
+                concat!(
+                    include_str!("../kernels/tensorops_task.metal"),
+                    include_str!("../kernels/tensorops_scores.metal"),
+                    include_str!("../kernels/tensorops.metal")
+                )
+            }
             _ => include_str!("../kernels/scalar.metal"),
         });
         text
