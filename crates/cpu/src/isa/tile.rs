@@ -1,6 +1,9 @@
 //! What the three products do around their tile of accumulators, and the tile of instruction sets whose registers
 //! outnumber it and of panels that are only partly filled: written with vectors, kept in registers by the compiler
 //! (`tests/disassembly.rs` checks that).
+//!
+//! Nothing here is a closure: one that the compiler does not inline lacks the instruction set of the function around it,
+//! and calls a function for each vector instruction.
 
 use super::Simd;
 
@@ -22,8 +25,9 @@ macro_rules! products {
         ) {
             macro_rules! tile {
                 ($n:literal, $product:path) => {{
-                    let product = |acc: &mut _| $product(keys, key_stride, queries, depth, acc);
-                    $crate::isa::tile::scores::<Self, $rows, $n>(product, scores, row_max)
+                    let mut acc = [[Self::splat(0.0); $n]; $rows];
+                    $product(keys, key_stride, queries, depth, &mut acc);
+                    $crate::isa::tile::store_scores::<Self, $rows, $n>(&acc, scores, row_max)
                 }};
             }
             match vectors {
@@ -43,8 +47,9 @@ macro_rules! products {
         ) {
             macro_rules! tile {
                 ($n:literal, $product:path) => {{
-                    let product = |acc: &mut _| $product(values, probabilities, keys, acc);
-                    $crate::isa::tile::values::<Self, $rows, $n>(product, out, rescale)
+                    let mut acc = $crate::isa::tile::rescaled::<Self, $rows, $n>(out, rescale);
+                    $product(values, probabilities, keys, &mut acc);
+                    $crate::isa::tile::store::<Self, $rows, $n>(&acc, out)
                 }};
             }
             match vectors {
@@ -64,8 +69,12 @@ macro_rules! products {
         ) {
             macro_rules! tile {
                 ($n:literal, $product:path) => {{
-                    let product = |weights, rows, acc: &mut _| $product(weights, Self::PANEL, rows, Self::PANEL, acc);
-                    $crate::isa::tile::accumulate::<Self, $rows, $n>(product, weights, weights_stride, rows, panels, out)
+                    let mut acc = $crate::isa::tile::load::<Self, $rows, $n>(out);
+                    for panel in 0..panels {
+                        let (a, b) = (weights.add(panel * weights_stride), rows.add(panel * Self::PANEL * Self::PANEL));
+                        $product(a, Self::PANEL, b, Self::PANEL, &mut acc);
+                    }
+                    $crate::isa::tile::store::<Self, $rows, $n>(&acc, out)
                 }};
             }
             match vectors {
@@ -90,7 +99,10 @@ unsafe fn outer_products<S: Simd, const ROWS: usize, const VECTORS: usize>(
     acc: &mut Tile<S, ROWS, VECTORS>,
 ) {
     for _ in 0..steps {
-        let row: [S::Vector; VECTORS] = std::array::from_fn(|n| S::load(b.add(n * S::LANES)));
+        let mut row = [S::splat(0.0); VECTORS];
+        for (n, x) in row.iter_mut().enumerate() {
+            *x = S::load(b.add(n * S::LANES));
+        }
         for (r, acc) in acc.iter_mut().enumerate() {
             let x = S::splat(*a.add(r * row_stride));
             for (n, acc) in acc.iter_mut().enumerate() {
@@ -125,72 +137,55 @@ pub(super) unsafe fn by_step<S: Simd, const ROWS: usize, const VECTORS: usize>(
     outer_products::<S, ROWS, VECTORS>(a, 1, ROWS, b, steps, acc);
 }
 
-/// [`Simd::scores`] with a tile of `ROWS` keys by `VECTORS` vectors of queries.
+/// Writes a tile of scores, `ROWS` keys by `VECTORS` vectors of queries, and raises the maxima of the queries.
 #[inline(always)]
-pub(super) unsafe fn scores<S: Simd, const ROWS: usize, const VECTORS: usize>(
-    product: impl FnOnce(&mut Tile<S, ROWS, VECTORS>),
+pub(super) unsafe fn store_scores<S: Simd, const ROWS: usize, const VECTORS: usize>(
+    acc: &Tile<S, ROWS, VECTORS>,
     scores: *mut f32,
     row_max: &mut S::Row,
 ) {
-    let mut acc = [[S::splat(0.0); VECTORS]; ROWS];
-    product(&mut acc);
-    store::<S, ROWS, VECTORS>(&acc, scores);
-    for row in &acc {
+    store::<S, ROWS, VECTORS>(acc, scores);
+    for row in acc {
         for (max, &score) in row_max.as_mut().iter_mut().zip(row) {
             *max = S::max(score, *max);
         }
     }
 }
 
-/// [`Simd::values`] with a tile of `ROWS` value columns by `VECTORS` vectors of queries.
+/// A tile of `ROWS` value columns by `VECTORS` vectors of queries, times the factors of the queries; 0 without.
 #[inline(always)]
-pub(super) unsafe fn values<S: Simd, const ROWS: usize, const VECTORS: usize>(
-    product: impl FnOnce(&mut Tile<S, ROWS, VECTORS>),
-    out: *mut f32,
+pub(super) unsafe fn rescaled<S: Simd, const ROWS: usize, const VECTORS: usize>(
+    out: *const f32,
     rescale: Option<&S::Row>,
-) {
-    let mut acc = [[S::splat(0.0); VECTORS]; ROWS];
-    if let Some(rescale) = rescale {
-        load::<S, ROWS, VECTORS>(out, &mut acc);
-        for row in &mut acc {
-            for (o, &factor) in row.iter_mut().zip(rescale.as_ref()) {
-                *o = S::mul(*o, factor);
-            }
+) -> Tile<S, ROWS, VECTORS> {
+    let Some(rescale) = rescale else { return [[S::splat(0.0); VECTORS]; ROWS] };
+    let mut acc = load::<S, ROWS, VECTORS>(out);
+    for row in &mut acc {
+        for (o, &factor) in row.iter_mut().zip(rescale.as_ref()) {
+            *o = S::mul(*o, factor);
         }
     }
-    product(&mut acc);
-    store::<S, ROWS, VECTORS>(&acc, out);
+    acc
 }
 
-/// [`Simd::accumulate`] with a tile of `ROWS` keys by `VECTORS` vectors of columns.
 #[inline(always)]
-pub(super) unsafe fn accumulate<S: Simd, const ROWS: usize, const VECTORS: usize>(
-    mut product: impl FnMut(*const f32, *const f32, &mut Tile<S, ROWS, VECTORS>),
-    weights: *const f32,
-    weights_stride: usize,
-    rows: *const f32,
-    panels: usize,
-    out: *mut f32,
-) {
+pub(super) unsafe fn load<S: Simd, const ROWS: usize, const VECTORS: usize>(
+    from: *const f32,
+) -> Tile<S, ROWS, VECTORS> {
     let mut acc = [[S::splat(0.0); VECTORS]; ROWS];
-    load::<S, ROWS, VECTORS>(out, &mut acc);
-    for panel in 0..panels {
-        product(weights.add(panel * weights_stride), rows.add(panel * S::PANEL * S::PANEL), &mut acc);
-    }
-    store::<S, ROWS, VECTORS>(&acc, out);
-}
-
-#[inline(always)]
-unsafe fn load<S: Simd, const ROWS: usize, const VECTORS: usize>(from: *const f32, acc: &mut Tile<S, ROWS, VECTORS>) {
     for (r, row) in acc.iter_mut().enumerate() {
         for (n, x) in row.iter_mut().enumerate() {
             *x = S::load(from.add(r * S::PANEL + n * S::LANES));
         }
     }
+    acc
 }
 
 #[inline(always)]
-unsafe fn store<S: Simd, const ROWS: usize, const VECTORS: usize>(acc: &Tile<S, ROWS, VECTORS>, to: *mut f32) {
+pub(super) unsafe fn store<S: Simd, const ROWS: usize, const VECTORS: usize>(
+    acc: &Tile<S, ROWS, VECTORS>,
+    to: *mut f32,
+) {
     for (r, row) in acc.iter().enumerate() {
         for (n, &x) in row.iter().enumerate() {
             S::store(to.add(r * S::PANEL + n * S::LANES), x);
