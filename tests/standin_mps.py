@@ -268,6 +268,26 @@ def _pack_numbers(numbers: Sequence[Any], cast: str) -> bytes:
     return packed
 
 
+HANG = "Caused GPU Hang Error (00000003:kIOGPUCommandBufferCallbackErrorHang)"
+
+
+def faults_of(is_text: Callable[[str], bool], entry: str) -> dict[str, dict[str, Any]]:
+    """Devices that fail on one kernel, by what must be said about it.
+
+    Args:
+        is_text: whether a text is the kernel's.
+        entry: a word in the name of its entry point.
+    """
+    return {
+        "refused by the stand-in": {"refuses_source": is_text},
+        "Failed to create function state": {"refuses_pipeline": lambda name: entry in name},
+        "results are off by": {"is_wrong": is_text},
+        "1 of .* results are NaN": {"is_nan": is_text},
+        "results are NaN or were never written": {"hangs": is_text},
+        "no results came back: .*GPU Hang Error": {"hangs": is_text, "hang_message": HANG},
+    }
+
+
 @contextlib.contextmanager
 def installed(**faults: Any) -> Iterator[Standin]:
     """Lets CPU tensors be served as MPS tensors are, by a device with the given faults."""

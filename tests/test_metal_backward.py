@@ -31,7 +31,7 @@ from metal_flash_attn.shim.flash_attn.flash_attn_interface import (
     _flash_attn_forward,
 )
 from reference import Arithmetic, Rules, gradients, packed_gradients
-from standin_mps import installed
+from standin_mps import faults_of, installed
 from test_backward import wants_gradients
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -228,15 +228,7 @@ def test_each_kernel_proves_itself_once_on_a_machine() -> None:
         assert len(tiles) == every
 
 
-HANG = "Caused GPU Hang Error (00000003:kIOGPUCommandBufferCallbackErrorHang)"
-FAULTS: dict[str, dict[str, Any]] = {
-    "refused by the stand-in": {"refuses_source": is_query},
-    "Failed to create function state": {"refuses_pipeline": lambda name: "query" in name},
-    "results are off by": {"is_wrong": is_query},
-    "1 of .* results are NaN": {"is_nan": is_query},
-    "results are NaN or were never written": {"hangs": is_query},
-    "no results came back: .*GPU Hang Error": {"hangs": is_query, "hang_message": HANG},
-}
+FAULTS = faults_of(is_query, "query")
 
 
 @pytest.mark.parametrize("message", FAULTS)

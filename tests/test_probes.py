@@ -19,7 +19,7 @@ import torch
 from metal_flash_attn import _native, flash_attn_func, plan, trace
 from reference import Arithmetic, Rules
 from reference import attention as exact_attention
-from standin_mps import installed
+from standin_mps import HANG, faults_of, installed
 from torch import Tensor
 
 METAL = Arithmetic(is_metal=True, weights=torch.float16)
@@ -167,16 +167,7 @@ def test_another_pipeline_from_the_same_text_is_probed_anew() -> None:
 
 # Kernels that fail.
 
-HANG = "Caused GPU Hang Error (00000003:kIOGPUCommandBufferCallbackErrorHang)"
-FAULTS: dict[str, dict[str, Any]] = {
-    "refused by the stand-in": {"refuses_source": is_simdgroup},
-    "Failed to create function state": {"refuses_pipeline": lambda name: "simdgroup" in name},
-    "results are off by": {"is_wrong": is_simdgroup},
-    "1 of .* results are NaN": {"is_nan": is_simdgroup},
-    "results are NaN or were never written": {"hangs": is_simdgroup},
-    "no results came back: .*GPU Hang Error": {"hangs": is_simdgroup, "hang_message": HANG},
-    "exceeds 16 limit": {"max_threads": 16},
-}
+FAULTS = faults_of(is_simdgroup, "simdgroup") | {"exceeds 16 limit": {"max_threads": 16}}
 
 
 @pytest.mark.parametrize("message", FAULTS)

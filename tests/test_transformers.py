@@ -12,7 +12,7 @@ import transformers
 from metal_flash_attn import attention, trace
 from metal_flash_attn.integrations import transformers as adapter
 from metal_flash_attn.integrations._window_mask import WindowMask, window_mask
-from small_models import SMALL
+from small_models import SMALL, gpt_oss
 from torch import Tensor
 
 
@@ -45,16 +45,6 @@ def gemma3() -> Any:
 
 def mistral() -> Any:
     return transformers.MistralForCausalLM(transformers.MistralConfig(**SMALL, sliding_window=5))
-
-
-def gpt_oss() -> Any:
-    config = transformers.GptOssConfig(
-        **SMALL, sliding_window=6, num_local_experts=2, num_experts_per_tok=1
-    )
-    model = transformers.GptOssForCausalLM(config)
-    for layer in model.model.layers:
-        torch.nn.init.normal_(layer.self_attn.sinks)
-    return model
 
 
 CAUSAL = [llama, qwen3, gemma2, gemma3, mistral, gpt_oss]

@@ -9,7 +9,7 @@ import torch
 import transformers
 from metal_flash_attn import trace
 from metal_flash_attn.integrations import transformers as adapter
-from small_models import SMALL
+from small_models import SMALL, gpt_oss
 from torch import Tensor
 
 LENGTHS = (5, 19, 2)
@@ -29,16 +29,6 @@ def gemma2() -> Any:
         **SMALL, sliding_window=6, attn_logit_softcapping=2.0, query_pre_attn_scalar=8
     )
     return transformers.Gemma2ForCausalLM(config)
-
-
-def gpt_oss() -> Any:
-    config = transformers.GptOssConfig(
-        **SMALL, sliding_window=6, num_local_experts=2, num_experts_per_tok=1
-    )
-    model = transformers.GptOssForCausalLM(config)
-    for layer in model.model.layers:
-        torch.nn.init.normal_(layer.self_attn.sinks)
-    return model
 
 
 def prompts() -> list[list[int]]:

@@ -4,8 +4,8 @@
 mod common;
 
 use common::cases::cases;
-use common::{Case, Gradients, Run};
-use mtlflashattn_core::{CpuBackwardTile, CpuTile, Dtype};
+use common::{Case, Gradients, Run, for_each_head_dim};
+use mtlflashattn_core::{CpuBackwardTile, CpuTile};
 use mtlflashattn_cpu::{Error, Isa};
 use proptest::prelude::*;
 
@@ -21,7 +21,7 @@ fn tiles(run: &Run, isa: Isa) -> [CpuBackwardTile; 2] {
 
 fn bits(gradients: &Gradients) -> Vec<u64> {
     let Gradients { q, k, v, sinks } = gradients;
-    [q, k, v, sinks].into_iter().flatten().map(|x| x.to_bits()).collect()
+    common::bits([q, k, v, sinks])
 }
 
 proptest! {
@@ -76,16 +76,7 @@ proptest! {
 
 #[test]
 fn many_threads_share_a_large_problem() {
-    let case = Case {
-        lengths: vec![(700, 900)],
-        key_heads: 2,
-        group: 2,
-        head_dim: 64,
-        value_dim: 64,
-        causal: true,
-        ..Case::default()
-    };
-    let run = Run::new(&case);
+    let run = Run::new(&Case::large());
     for isa in Isa::available() {
         let tile = run.backward_tile(isa);
         assert!(tile.split_rows < 1400, "{tile:?} does not split");
@@ -97,16 +88,7 @@ fn many_threads_share_a_large_problem() {
 
 #[test]
 fn no_head_dimension_writes_behind_its_rows() {
-    for head_dim in 1..72 {
-        for dtype in [Dtype::F32, Dtype::Bf16] {
-            let run =
-                Run::new(&Case { dtype, lengths: vec![(37, 5)], head_dim, value_dim: head_dim, ..Case::default() });
-            for isa in Isa::available() {
-                let gradients = run.gradients(isa, &run.backward_tile(isa), 1, ALL);
-                run.check_gradients(&gradients).unwrap_or_else(|e| panic!("{} D{head_dim}: {e}", isa.name()));
-            }
-        }
-    }
+    for_each_head_dim((37, 5), |run, isa| run.check_gradients(&run.gradients(isa, &run.backward_tile(isa), 1, ALL)));
 }
 
 #[test]

@@ -22,7 +22,7 @@ fn orders() -> impl Strategy<Value = Order> {
 }
 
 fn bits(results: &common::Results) -> Vec<u64> {
-    results.out.iter().chain(&results.lse).map(|x| x.to_bits()).collect()
+    common::bits([&results.out, &results.lse])
 }
 
 /// Both paths, and splits.

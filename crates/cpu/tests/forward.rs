@@ -3,7 +3,7 @@
 mod common;
 
 use common::cases::cases;
-use common::{Case, Order, Run};
+use common::{Case, Order, Run, for_each_head_dim};
 use mtlflashattn_core::{CpuPath, CpuTile, Dtype};
 use mtlflashattn_cpu::{Error, Isa};
 use proptest::prelude::*;
@@ -54,21 +54,12 @@ proptest! {
 }
 
 fn bits(results: &common::Results) -> Vec<u64> {
-    results.out.iter().chain(&results.lse).map(|x| x.to_bits()).collect()
+    common::bits([&results.out, &results.lse])
 }
 
 #[test]
 fn many_threads_share_a_large_problem() {
-    let case = Case {
-        lengths: vec![(700, 900)],
-        key_heads: 2,
-        group: 2,
-        head_dim: 64,
-        value_dim: 64,
-        causal: true,
-        ..Case::default()
-    };
-    let run = Run::new(&case);
+    let run = Run::new(&Case::large());
     for isa in Isa::available() {
         let single = run.engine(isa, &run.tile(isa, 1), 1);
         run.check(&single).unwrap();
@@ -130,19 +121,11 @@ fn the_order_of_a_cache_changes_no_bit() {
 
 #[test]
 fn no_head_dimension_writes_behind_its_rows() {
-    for head_dim in 1..72 {
-        // Full vectors of rows and a partial one, with and without float32 rows that are written in place.
-        for dtype in [Dtype::F32, Dtype::Bf16] {
-            let run =
-                Run::new(&Case { dtype, lengths: vec![(37, 3)], head_dim, value_dim: head_dim, ..Case::default() });
-            for isa in Isa::available() {
-                for tile in tiles(&run, isa) {
-                    let results = run.engine(isa, &tile, 1);
-                    run.check(&results).unwrap_or_else(|e| panic!("{} {tile:?} D{head_dim}: {e}", isa.name()));
-                }
-            }
-        }
-    }
+    // Full vectors of rows and a partial one.
+    for_each_head_dim((37, 3), |run, isa| {
+        let results = |tile: &CpuTile| run.check(&run.engine(isa, tile, 1)).map_err(|e| format!("{tile:?}: {e}"));
+        tiles(run, isa).iter().try_for_each(results)
+    });
 }
 
 #[test]

@@ -129,12 +129,8 @@ fn call_operator<'py>(
     rng_state: Option<&Bound<'py, PyAny>>,
     want_lse: bool,
 ) -> Result<Bound<'py, PyAny>> {
-    static CHECK: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     static DISPATCH: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    let check_tensor = CHECK.import(py, "metal_flash_attn._ops", "check_tensor")?;
-    for (slot, tensor) in tensors.present() {
-        check_tensor.call1((form.public_name(slot.name()), tensor))?;
-    }
+    check_tensors(py, tensors, |slot| form.public_name(slot.name()))?;
     check_static(form, numbers, tensors)?;
     let dispatch = DISPATCH.import(py, "metal_flash_attn._ops", "dispatch")?;
     let arguments = operator::to_python(py, form, numbers, tensors, rng_state)?;
@@ -161,25 +157,52 @@ fn call_autograd<'py>(
     Ok(if want_lse { results } else { results.get_item(0)? })
 }
 
-/// Checks the call by its metadata alone where that is at hand: no symbolic sizes, no stand-ins for tensors.
+/// Checks the call by its metadata alone where that is at hand.
 fn check_static(form: Form, numbers: &Numbers, tensors: &Tensors<Bound<'_, PyAny>>) -> Result<()> {
+    match read_metadata(tensors, |slot| form.public_name(slot.name()), Slot::has_rows)? {
+        Some(views) => describe(form, numbers, tensors, &views).map(|_| ()),
+        None => Ok(()),
+    }
+}
+
+/// Has torch's side check that operators would not misread the tensors of a call, which are called by `name`.
+pub fn check_tensors(
+    py: Python<'_>,
+    tensors: &Tensors<Bound<'_, PyAny>>,
+    name: impl Fn(Slot) -> &'static str,
+) -> Result<()> {
+    static CHECK: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let check_tensor = CHECK.import(py, "metal_flash_attn._ops", "check_tensor")?;
+    for (slot, tensor) in tensors.present() {
+        check_tensor.call1((name(slot), tensor))?;
+    }
+    Ok(())
+}
+
+/// Views without memory of tensors on one device, with contiguous rows where they are `copied` otherwise; `None` where
+/// there are symbolic sizes or stand-ins for tensors.
+pub fn read_metadata(
+    tensors: &Tensors<Bound<'_, PyAny>>,
+    name: impl Fn(Slot) -> &'static str,
+    copied: impl Fn(Slot) -> bool,
+) -> Result<Option<Tensors<View>>> {
     let py = tensors.q().py();
-    let Ok(device) = tensors.q().getattr(intern!(py, "device")) else { return Ok(()) };
+    let Ok(device) = tensors.q().getattr(intern!(py, "device")) else { return Ok(None) };
     let mut views = Tensors::none();
     for (slot, tensor) in tensors.present() {
         // What stands in for a tensor has no numbers as sizes.
-        let Some(view) = View::describe(tensor).ok().flatten() else { return Ok(()) };
-        views.set(slot, if slot.has_rows() { view.with_contiguous_rows() } else { view });
+        let Some(view) = View::describe(tensor).ok().flatten() else { return Ok(None) };
+        views.set(slot, if copied(slot) { view.with_contiguous_rows() } else { view });
         let other = tensor.getattr(intern!(py, "device"))?;
         if !other.eq(&device)? {
             return Err(Error::Problem(core::Error::Value {
-                argument: form.public_name(slot.name()),
+                argument: name(slot),
                 got: format!("on device {}", other.str()?.to_string_lossy()),
-                allowed: format!("{}, the device of {}", device.str()?.to_string_lossy(), form.public_name("q")),
+                allowed: format!("{}, the device of {}", device.str()?.to_string_lossy(), name(Slot::Q)),
             }));
         }
     }
-    describe(form, numbers, tensors, &views).map(|_| ())
+    Ok(Some(views))
 }
 
 /// The body of `torch.ops.mtlflashattn.forward`, for every device; gradients are settled.

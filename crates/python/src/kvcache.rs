@@ -24,7 +24,7 @@ use crate::call::{Numbers, Slot, Tensors};
 use crate::error::{Error, Result, guard};
 use crate::execute::{Results, SMALL_FLOPS, allocate, cpu_device, make_readable, torch_rules};
 use crate::form::Form;
-use crate::forward::{read_any, read_direct};
+use crate::forward::{check_tensors, read_any, read_direct, read_metadata};
 use crate::tensor::{Place, View};
 use crate::torch::Torch;
 use crate::{settings, trace};
@@ -150,37 +150,15 @@ fn call_operator<'py>(
     want_lse: bool,
 ) -> Result<Bound<'py, PyAny>> {
     static DISPATCH: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    check_static(names, numbers, objects)?;
+    check_tensors(py, objects, |slot| names.of(slot))?;
+    // Caches are never copied.
+    let copied = |slot: Slot| slot.has_rows() && !matches!(slot, Slot::K | Slot::V);
+    if let Some(views) = read_metadata(objects, |slot| names.of(slot), copied)? {
+        describe(names, numbers, objects, &views)?;
+    }
     let dispatch = DISPATCH.import(py, "metal_flash_attn._cache_ops", "dispatch")?;
     let results = dispatch.call1(operator::to_python(py, numbers, objects)?)?;
     Ok(if want_lse { results } else { results.get_item(0)? })
-}
-
-/// Checks the call by its metadata alone where that is at hand.
-fn check_static(names: Names, numbers: &CacheNumbers, objects: &Tensors<Bound<'_, PyAny>>) -> Result<()> {
-    static CHECK: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    let py = objects.q().py();
-    let check_tensor = CHECK.import(py, "metal_flash_attn._ops", "check_tensor")?;
-    for (slot, object) in objects.present() {
-        check_tensor.call1((names.of(slot), object))?;
-    }
-    let Ok(device) = objects.q().getattr(intern!(py, "device")) else { return Ok(()) };
-    let mut views = Tensors::none();
-    for (slot, object) in objects.present() {
-        // What stands in for a tensor has no numbers as sizes.
-        let Some(view) = View::describe(object).ok().flatten() else { return Ok(()) };
-        let is_cache = matches!(slot, Slot::K | Slot::V);
-        views.set(slot, if slot.has_rows() && !is_cache { view.with_contiguous_rows() } else { view });
-        let other = object.getattr(intern!(py, "device"))?;
-        if !other.eq(&device)? {
-            return Err(Error::Problem(core::Error::Value {
-                argument: names.of(slot),
-                got: format!("on device {}", other.str()?.to_string_lossy()),
-                allowed: format!("{}, the device of q", device.str()?.to_string_lossy()),
-            }));
-        }
-    }
-    describe(names, numbers, objects, &views).map(|_| ())
 }
 
 /// The body of the operators, for every device.

@@ -118,6 +118,32 @@ impl Default for Case {
     }
 }
 
+impl Case {
+    /// One that is worth several threads.
+    pub fn large() -> Self {
+        let (lengths, dim) = (vec![(700, 900)], 64);
+        Self { lengths, key_heads: 2, group: 2, head_dim: dim, value_dim: dim, causal: true, ..Self::default() }
+    }
+}
+
+/// Runs `check` for every small head dimension and each instruction set, in float32 and in a type that is converted.
+pub fn for_each_head_dim(lengths: (usize, usize), check: impl Fn(&Run, Isa) -> Result<(), String>) {
+    for head_dim in 1..72 {
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            let case = Case { dtype, lengths: vec![lengths], head_dim, value_dim: head_dim, ..Case::default() };
+            let run = Run::new(&case);
+            for isa in Isa::available() {
+                check(&run, isa).unwrap_or_else(|e| panic!("{} D{head_dim}: {e}", isa.name()));
+            }
+        }
+    }
+}
+
+/// All bits of results, to compare NaN and the sign of 0, too.
+pub fn bits<'a>(results: impl IntoIterator<Item = &'a Vec<f64>>) -> Vec<u64> {
+    results.into_iter().flatten().map(|x| x.to_bits()).collect()
+}
+
 /// A strided tensor of rounded values with the float64 copy that the reference reads.
 struct Tensor {
     bytes: Vec<u8>,
