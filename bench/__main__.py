@@ -35,12 +35,12 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def restart_with(isa: str) -> None:
+def restart_with(isa: str, program: str = "bench") -> None:
     """Starts this program again where the environment does not yet hold both to `isa`."""
     wanted = INSTRUCTION_SETS.get(isa, {})
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.environ.update(wanted)
-        os.execv(sys.executable, [sys.executable, "-m", "bench", *sys.argv[1:]])
+        os.execv(sys.executable, [sys.executable, "-m", program, *sys.argv[1:]])
 
 
 def main() -> None:
