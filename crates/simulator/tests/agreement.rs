@@ -54,7 +54,8 @@ fn the_scalar_kernel_agrees() {
 
 #[test]
 fn the_simdgroup_kernel_agrees_in_any_schedule() {
-    agree(&variants::simdgroup(), &[fast(), fast().with_seed(11)], 16, 100);
+    // Each problem in one of them, so that each variant meets both.
+    agree_with(&variants::simdgroup(), &[fast(), fast().with_seed(11)], 16, 100, one_of);
 }
 
 #[test]
