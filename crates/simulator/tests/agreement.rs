@@ -2,11 +2,10 @@
 
 mod common;
 
-use common::bench::Bench;
+use common::bench::{self, Bench};
 use common::variants::{self, Variant};
 use common::{Case, Run};
 use mtlflashattn_simulator::{LaneLayout, Layer, MemoryDestination, Options, TensorOps};
-use proptest::test_runner::{Config, TestCaseError, TestRunner};
 
 /// Runs `cases` random problems with lengths up to `most` on every variant of `list`, with each of the options.
 fn agree(list: &[Variant], options: &[Options], cases: u32, most: usize) {
@@ -22,20 +21,14 @@ fn agree_with(
     choose: for<'a> fn(&'a [Bench], &Case) -> Vec<&'a Bench>,
 ) {
     for variant in list {
-        let benches: Vec<Bench> = options.iter().map(|options| Bench::new(options.clone())).collect();
-        let mut runner = TestRunner::new(Config { cases, failure_persistence: None, ..Config::default() });
-        let result = runner.run(&variant.cases(most), |case: Case| {
-            let run = Run::new(&case);
+        bench::agree(variant.name, variant.cases(most), options, cases, |benches, case| {
+            let run = Run::new(case);
             let kernel = variant.kernel(&run);
-            for bench in choose(&benches, &case) {
-                let got = bench.run(&kernel, &kernel.source(), &run).map_err(TestCaseError::fail)?;
-                run.check(&kernel, &got).map_err(TestCaseError::fail)?;
-            }
-            Ok(())
+            let source = kernel.source();
+            choose(benches, case)
+                .into_iter()
+                .try_for_each(|bench| run.check(&kernel, &bench.run(&kernel, &source, &run)?))
         });
-        if let Err(error) = result {
-            panic!("{}: {error}", variant.name);
-        }
     }
 }
 

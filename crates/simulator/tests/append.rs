@@ -3,28 +3,18 @@
 mod common;
 
 use common::append::{AppendForm, AppendRun, forms};
-use common::bench::Bench;
+use common::bench::{self, Bench};
 use common::small::probe_append;
 use common::{Case, decode};
 use mtlflashattn_simulator::{Layer, Options};
-use proptest::test_runner::{Config, TestCaseError, TestRunner};
 
 fn agree(forms: &[(AppendForm, Case)], options: &[Options], cases: u32) {
     for (form, case) in forms {
-        let benches: Vec<Bench> = options.iter().map(|options| Bench::new(options.clone())).collect();
         let variant = decode::DecodeVariant::without_tile(form.name, case);
-        let mut runner = TestRunner::new(Config { cases, failure_persistence: None, ..Config::default() });
-        let result = runner.run(&variant.cases(70), |case: Case| {
-            let run = AppendRun::new(&case, *form);
-            for bench in &benches {
-                let (got, _) = run.launch(bench, &run.kernel().source()).map_err(TestCaseError::fail)?;
-                run.check(&got).map_err(TestCaseError::fail)?;
-            }
-            Ok(())
+        bench::agree(form.name, variant.cases(70), options, cases, |benches, case| {
+            let run = AppendRun::new(case, *form);
+            benches.iter().try_for_each(|bench| run.check(&run.launch(bench, &run.kernel().source())?.0))
         });
-        if let Err(error) = result {
-            panic!("{}: {error}", form.name);
-        }
     }
 }
 

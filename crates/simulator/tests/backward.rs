@@ -2,30 +2,22 @@
 
 mod common;
 
-use common::Case;
 use common::backward::{BackwardRun, BackwardVariant, variants};
-use common::bench::Bench;
+use common::bench;
 use mtlflashattn_metal::BackwardKernel;
 use mtlflashattn_simulator::{Layer, Options};
-use proptest::test_runner::{Config, TestCaseError, TestRunner};
 
 /// Runs `cases` random problems with lengths up to `most` on every variant.
 fn agree(list: &[BackwardVariant], options: &[Options], cases: u32, most: usize) {
     for variant in list {
-        let benches: Vec<Bench> = options.iter().map(|options| Bench::new(options.clone())).collect();
-        let mut runner = TestRunner::new(Config { cases, failure_persistence: None, ..Config::default() });
-        let result = runner.run(&variant.cases(most), |case: Case| {
-            let run = BackwardRun::new(&case, variant.lse_gradient);
+        bench::agree(variant.name, variant.cases(most), options, cases, |benches, case| {
+            let run = BackwardRun::new(case, variant.lse_gradient);
             let kernels = variant.kernels(&run);
-            for bench in &benches {
-                let (got, _) = run.launch(bench, &kernels, &BackwardKernel::source).map_err(TestCaseError::fail)?;
-                run.check(&got).map_err(TestCaseError::fail)?;
-            }
-            Ok(())
+            benches.iter().try_for_each(|bench| {
+                let (got, _) = run.launch(bench, &kernels, &BackwardKernel::source)?;
+                run.check(&got)
+            })
         });
-        if let Err(error) = result {
-            panic!("{}: {error}", variant.name);
-        }
     }
 }
 

@@ -2,30 +2,20 @@
 
 mod common;
 
-use common::Case;
-use common::bench::Bench;
+use common::bench::{self, Bench};
 use common::decode::{DecodeVariant, Texts, check, variants};
 use common::small::probe_decode;
 use mtlflashattn_simulator::{Layer, Options};
-use proptest::test_runner::{Config, TestCaseError, TestRunner};
 
 /// Runs `cases` random problems with up to `most` keys on every variant.
 fn agree(list: &[DecodeVariant], options: &[Options], cases: u32, most: usize) {
     for variant in list {
-        let benches: Vec<Bench> = options.iter().map(|options| Bench::new(options.clone())).collect();
-        let mut runner = TestRunner::new(Config { cases, failure_persistence: None, ..Config::default() });
-        let result = runner.run(&variant.cases(most), |case: Case| {
-            let run = variant.run(&case);
+        bench::agree(variant.name, variant.cases(most), options, cases, |benches, case| {
+            let run = variant.run(case);
             let kernel = variant.kernel(&run);
-            for bench in &benches {
-                let result = check(bench, &kernel, &Texts::of(&kernel), &run, variant.splits);
-                result.map_err(TestCaseError::fail)?;
-            }
-            Ok(())
+            let texts = Texts::of(&kernel);
+            benches.iter().try_for_each(|bench| check(bench, &kernel, &texts, &run, variant.splits).map(|_| ()))
         });
-        if let Err(error) = result {
-            panic!("{}: {error}", variant.name);
-        }
     }
 }
 

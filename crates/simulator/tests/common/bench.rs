@@ -6,8 +6,10 @@ use std::sync::{Arc, Mutex};
 use mtlflashattn_core::reference::Forward;
 use mtlflashattn_metal::{Device, DeviceError, Kernel, Launch, Tensors};
 use mtlflashattn_simulator::{Buffer, Launch as Dispatch, Options, Pipeline, Report, Simulator};
+use proptest::strategy::Strategy;
+use proptest::test_runner::{Config, TestCaseError, TestRunner};
 
-use super::Run;
+use super::{Case, Run};
 
 /// A simulator with the kernels that it has compiled.
 pub struct Bench {
@@ -107,5 +109,21 @@ pub fn borrowed(tensors: &Tensors<Buffer>) -> Tensors<&Buffer> {
         alibi_slopes: tensors.alibi_slopes.as_ref(),
         bias: tensors.bias.as_ref(),
         sinks: tensors.sinks.as_ref(),
+    }
+}
+
+/// Runs `cases` random problems; `check` says what is wrong with one on benches of the options.
+pub fn agree(
+    name: &str,
+    problems: impl Strategy<Value = Case>,
+    options: &[Options],
+    cases: u32,
+    check: impl Fn(&[Bench], &Case) -> Result<(), String>,
+) {
+    let benches: Vec<Bench> = options.iter().map(|options| Bench::new(options.clone())).collect();
+    let mut runner = TestRunner::new(Config { cases, failure_persistence: None, ..Config::default() });
+    let result = runner.run(&problems, |case| check(&benches, &case).map_err(TestCaseError::fail));
+    if let Err(error) = result {
+        panic!("{name}: {error}");
     }
 }
