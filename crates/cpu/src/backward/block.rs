@@ -550,6 +550,8 @@ impl Work<'_, '_> {
                 let panels = tiles[first..].iter().take_while(|tiles| sees(tiles)).count();
                 let from = weights.add(first * weights_stride + key * S::PANEL);
                 let to = sums.add(chunk * chunk_len + (block.keys.start + key) * S::PANEL);
+                // Sums of other keys have passed through the caches since; those of the next tile come while this one counts.
+                prefetch::<S>(to.add(S::TILE * S::PANEL).cast(), S::TILE * S::PANEL * 4);
                 S::accumulate(vectors, from, weights_stride, rows.add(first * S::PANEL * S::PANEL), panels, to);
             }
         }
