@@ -16,7 +16,7 @@ use crate::isa::Simd;
 use crate::rows::Rows;
 use crate::workspace::Carver;
 use crate::{dropout, math, score};
-use products::{accumulate, dot, dot_one};
+use products::{accumulate, accumulate_one, dot, dot_one};
 
 /// Bytes of K or V of one head that are read in one go: a quarter of a 32 KiB first-level cache.
 const HEAD_BYTES: usize = 8 * 1024;
@@ -33,7 +33,7 @@ struct Pace {
 }
 
 /// One query passes at about the rate of memory: short turns are what hardware prefetchers follow.
-const FAST: Pace = Pace { block: 32, turn: 16 * 1024, ahead: 32 * 1024 };
+const FAST: Pace = Pace { block: 32, turn: 32 * 1024, ahead: 32 * 1024 };
 /// Several queries make each key take longer. Larger blocks make light of their softmax.
 const SLOW: Pace = Pace { block: 128, turn: 64 * 1024, ahead: 64 * 1024 };
 
@@ -310,8 +310,13 @@ impl Work<'_, '_, Scratch> {
                 4.. if S::REGISTERS >= 32 => accumulate::<S, V, 4, 2>(probabilities, stride, v, keys, out, width),
                 4.. => accumulate::<S, V, 4, 1>(probabilities, stride, v, keys, out, width),
                 2.. => accumulate::<S, V, 2, 2>(probabilities, stride, v, keys, out, width),
-                _ if S::REGISTERS >= 32 => accumulate::<S, V, 1, 4>(probabilities, stride, v, keys, out, width),
-                _ => accumulate::<S, V, 1, 2>(probabilities, stride, v, keys, out, width),
+                // Long rows that follow one another would be read twice, in halves.
+                _ if V::IS_F32 && width > 8 * S::LANES && v.contiguous() => {
+                    accumulate::<S, V, 1, 2>(probabilities, stride, v, keys, out, width)
+                }
+                _ if width >= 8 * S::LANES => accumulate_one::<S, V, 4>(probabilities, v, keys, out, width),
+                _ if width >= 2 * S::LANES => accumulate_one::<S, V, 1>(probabilities, v, keys, out, width),
+                _ => accumulate::<S, V, 1, 1>(probabilities, stride, v, keys, out, width),
             };
         }
     }

@@ -1,6 +1,9 @@
 //! The two products of the decode path: a few rows with every key, each loaded and converted once.
 //!
 //! Elements are read in pairs of vectors, in the order of [`Element::load_pair`]; queries and output keep it.
+//!
+//! Arrays are filled by loops: a closure may be compiled without the instruction set of the function around it, and then
+//! becomes a call for each instruction (`tests/disassembly.rs` checks that).
 
 use crate::element::Element;
 use crate::isa::Simd;
@@ -29,8 +32,11 @@ pub(super) unsafe fn dot<S: Simd, K: Element, const R: usize, const N: usize, co
         }
         let lanes = dot_keys::<S, K, R, N, U>(queries, depth, k, key);
         for at in (0..R * N).step_by(SUMS) {
-            let sums = S::sums(std::array::from_fn(|i| lanes[(at + i) / R][(at + i) % R]));
-            for (i, sum) in sums.into_iter().enumerate() {
+            let mut four = [S::splat(0.0); SUMS];
+            for (i, four) in four.iter_mut().enumerate() {
+                *four = lanes[(at + i) / R][(at + i) % R];
+            }
+            for (i, sum) in S::sums(four).into_iter().enumerate() {
                 scores.add((at + i) % R * stride + key + (at + i) / R).write(sum);
             }
         }
@@ -39,8 +45,11 @@ pub(super) unsafe fn dot<S: Simd, K: Element, const R: usize, const N: usize, co
     while key < keys {
         k.prefetch_far::<S>(key);
         let [lanes] = dot_keys::<S, K, R, 1, U>(queries, depth, k, key);
-        let sums = S::sums(std::array::from_fn(|i| lanes[i % R]));
-        for (r, &sum) in sums[..R].iter().enumerate() {
+        let mut four = [S::splat(0.0); SUMS];
+        for (i, four) in four.iter_mut().enumerate() {
+            *four = lanes[i % R];
+        }
+        for (r, &sum) in S::sums(four)[..R].iter().enumerate() {
             scores.add(r * stride + key).write(sum);
         }
         key += 1;
@@ -88,7 +97,10 @@ unsafe fn dot_keys<S: Simd, K: Element, const R: usize, const N: usize, const U:
     let pairs = U.div_ceil(2);
     while i + 2 * pairs * S::LANES <= depth {
         for pair in 0..pairs {
-            let x: [[S::Vector; 2]; N] = std::array::from_fn(|n| K::load_pair::<S>(rows[n].add(i)));
+            let mut x = [[S::splat(0.0); 2]; N];
+            for n in 0..N {
+                x[n] = K::load_pair::<S>(rows[n].add(i));
+            }
             for half in 0..2 {
                 for r in 0..R {
                     let query = S::load(queries.add((2 * r + half) * S::LANES));
@@ -123,7 +135,16 @@ unsafe fn dot_keys<S: Simd, K: Element, const R: usize, const N: usize, const U:
             }
         }
     }
-    acc.map(|of_key| of_key.map(|parts| parts[1..].iter().fold(parts[0], |sum, &part| S::add(sum, part))))
+    let mut lanes = [[S::splat(0.0); R]; N];
+    for n in 0..N {
+        for r in 0..R {
+            lanes[n][r] = acc[n][r][0];
+            for u in 1..U {
+                lanes[n][r] = S::add(lanes[n][r], acc[n][r][u]);
+            }
+        }
+    }
+    lanes
 }
 
 /// `out[r] += sum over keys of probabilities[r][key] * v[key]` for `R` rows, `P` pairs of columns at a time.
@@ -138,11 +159,7 @@ pub(super) unsafe fn accumulate<S: Simd, V: Element, const R: usize, const P: us
     width: usize,
 ) -> usize {
     // A single row passes so fast that it has to read them in turn.
-    let step = match R {
-        1 if width > 2 * P * S::LANES && v.contiguous() => 2,
-        1 => 4,
-        _ => VALUE_KEYS,
-    };
+    let step = if R == 1 { 2 } else { VALUE_KEYS };
     for key in (0..keys).step_by(step) {
         let count = step.min(keys - key);
         let (rows, p) = (v.from(key), probabilities.add(key));
@@ -155,8 +172,10 @@ pub(super) unsafe fn accumulate<S: Simd, V: Element, const R: usize, const P: us
             }
             let (from, to) = (rows.shifted(column as isize), out.add(column));
             column += match (width - column) / S::LANES {
-                vectors if vectors >= 2 * P => accumulate_columns::<S, V, R, P>(p, stride, from, count, to, width),
-                2.. => accumulate_columns::<S, V, R, 1>(p, stride, from, count, to, width),
+                vectors if vectors >= 2 * P => {
+                    accumulate_columns::<S, V, R, P, false>(p, stride, from, count, to, width)
+                }
+                2.. => accumulate_columns::<S, V, R, 1, false>(p, stride, from, count, to, width),
                 _ => accumulate_vector::<S, V, R>(p, stride, from, count, to, width),
             };
         }
@@ -167,9 +186,32 @@ pub(super) unsafe fn accumulate<S: Simd, V: Element, const R: usize, const P: us
     R
 }
 
-/// [`accumulate`] for the first `P` pairs of columns. Returns the number of columns.
+/// [`accumulate`] for a single row, all keys in one go: its sums fit in registers, and nothing but `v` is read.
 #[inline(always)]
-unsafe fn accumulate_columns<S: Simd, V: Element, const R: usize, const P: usize>(
+pub(super) unsafe fn accumulate_one<S: Simd, V: Element, const P: usize>(
+    probabilities: *const f32,
+    v: Rows<V>,
+    keys: usize,
+    out: *mut f32,
+    width: usize,
+) -> usize {
+    let mut column = accumulate_columns::<S, V, 1, P, true>(probabilities, 0, v, keys, out, width);
+    while column < width {
+        let (from, to) = (v.shifted(column as isize), out.add(column));
+        column += match (width - column) / S::LANES {
+            vectors if vectors >= 2 * P => {
+                accumulate_columns::<S, V, 1, P, false>(probabilities, 0, from, keys, to, width)
+            }
+            2.. => accumulate_columns::<S, V, 1, 1, false>(probabilities, 0, from, keys, to, width),
+            _ => accumulate_vector::<S, V, 1>(probabilities, 0, from, keys, to, width),
+        };
+    }
+    1
+}
+
+/// [`accumulate`] for the first `P` pairs of columns; may `ASK` for the rows ahead. Returns the number of columns.
+#[inline(always)]
+unsafe fn accumulate_columns<S: Simd, V: Element, const R: usize, const P: usize, const ASK: bool>(
     probabilities: *const f32,
     stride: usize,
     v: Rows<V>,
@@ -177,13 +219,21 @@ unsafe fn accumulate_columns<S: Simd, V: Element, const R: usize, const P: usize
     out: *mut f32,
     width: usize,
 ) -> usize {
-    let to = |r: usize, pair: usize, half: usize| out.add(r * width + (2 * pair + half) * S::LANES);
-    let mut acc: [[[S::Vector; 2]; P]; R] = std::array::from_fn(|r| {
-        std::array::from_fn(|pair| std::array::from_fn(|half| S::load(to(r, pair, half).cast_const())))
-    });
+    let mut acc = [[[S::splat(0.0); 2]; P]; R];
+    for (r, acc) in acc.iter_mut().enumerate() {
+        for (n, acc) in acc.as_flattened_mut().iter_mut().enumerate() {
+            *acc = S::load(out.add(r * width + n * S::LANES));
+        }
+    }
     let (mut from, mut p) = (v.row(0), probabilities);
-    for _ in 0..keys {
-        let x: [[S::Vector; 2]; P] = std::array::from_fn(|pair| V::load_pair::<S>(from.add(2 * pair * S::LANES)));
+    for key in 0..keys {
+        if ASK {
+            v.prefetch_far::<S>(key);
+        }
+        let mut x = [[S::splat(0.0); 2]; P];
+        for (pair, x) in x.iter_mut().enumerate() {
+            *x = V::load_pair::<S>(from.add(2 * pair * S::LANES));
+        }
         for (r, acc) in acc.iter_mut().enumerate() {
             let p = S::splat(p.add(r * stride).read());
             for (acc, x) in acc.iter_mut().zip(&x) {
@@ -195,10 +245,8 @@ unsafe fn accumulate_columns<S: Simd, V: Element, const R: usize, const P: usize
         (from, p) = (v.below(from), p.add(1));
     }
     for (r, acc) in acc.iter().enumerate() {
-        for (pair, acc) in acc.iter().enumerate() {
-            for (half, &acc) in acc.iter().enumerate() {
-                S::store(to(r, pair, half), acc);
-            }
+        for (n, &acc) in acc.as_flattened().iter().enumerate() {
+            S::store(out.add(r * width + n * S::LANES), acc);
         }
     }
     2 * P * S::LANES
