@@ -99,6 +99,28 @@ def test_the_environment_can_open_every_gate(monkeypatch: pytest.MonkeyPatch) ->
         assert sdpa.explain(*tiny).gate == "forced"
 
 
+@pytest.mark.skipif(
+    _native.instruction_sets()[-1] not in ("avx2", "avx512"), reason="a CPU that was not measured"
+)
+@pytest.mark.parametrize(
+    ("dtype", "queries", "served"),
+    [
+        (torch.float32, 15, False),
+        (torch.float32, 16, True),
+        (torch.float16, 1, True),
+    ],
+)
+def test_small_calls_are_left_to_torch_where_it_is_faster(
+    dtype: torch.dtype, queries: int, served: bool
+) -> None:
+    q = torch.zeros(1, 8, queries, 64, dtype=dtype)
+    k = torch.zeros(1, 8, 128, 64, dtype=dtype)
+    with sdpa.patched(cpu=True):
+        decision = sdpa.explain(q, k, k)
+    assert decision.gate == ("speed" if served else "thresholds")
+    assert decision.serves == served
+
+
 def test_somebody_elses_patch_below_ours_is_kept() -> None:
     seen = []
 

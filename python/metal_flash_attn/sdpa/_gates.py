@@ -182,6 +182,10 @@ SMALL_CPU_CALL: Final = 2**16
 """Least product of score elements and head dimension: below it the patch itself costs too much."""
 
 
+SMALL_CPU_FLOAT32_CALL: Final = 2**20
+"""The same for float32, where stock torch is faster than in the other dtypes."""
+
+
 SMALL_CPU_TRAINING: Final = 2**23
 """The same for calls that need gradients, whose backward pass costs more to call."""
 
@@ -204,6 +208,8 @@ class CpuGates:
         work = call.scores * call.head_dim
         if work < SMALL_CPU_CALL:
             return _SMALL
+        if call.dtype == torch.float32 and work < SMALL_CPU_FLOAT32_CALL:
+            return _SMALL_FLOAT32
         if call.gradient and work < SMALL_CPU_TRAINING:
             return _SMALL_TRAINING
         if call.dtype in self._in_matrix_unit and call.query_len > 1:
@@ -227,6 +233,12 @@ _SMALL: Final = Decision(
     False,
     "thresholds",
     f"scores times head dimension are less than {SMALL_CPU_CALL:,}: too little work",
+)
+_SMALL_FLOAT32: Final = Decision(
+    False,
+    "thresholds",
+    f"scores times head dimension are less than {SMALL_CPU_FLOAT32_CALL:,}: too little work in "
+    "float32",
 )
 _SMALL_TRAINING: Final = Decision(
     False,
