@@ -171,13 +171,7 @@ pub(super) unsafe fn accumulate<S: Simd, V: Element, const R: usize, const P: us
                 asked += 1;
             }
             let (from, to) = (rows.shifted(column as isize), out.add(column));
-            column += match (width - column) / S::LANES {
-                vectors if vectors >= 2 * P => {
-                    accumulate_columns::<S, V, R, P, false>(p, stride, from, count, to, width)
-                }
-                2.. => accumulate_columns::<S, V, R, 1, false>(p, stride, from, count, to, width),
-                _ => accumulate_vector::<S, V, R>(p, stride, from, count, to, width),
-            };
+            column += accumulate_next::<S, V, R, P>(p, stride, from, count, to, width, width - column);
         }
         for row in asked..count {
             rows.prefetch_far::<S>(row);
@@ -198,15 +192,29 @@ pub(super) unsafe fn accumulate_one<S: Simd, V: Element, const P: usize>(
     let mut column = accumulate_columns::<S, V, 1, P, true>(probabilities, 0, v, keys, out, width);
     while column < width {
         let (from, to) = (v.shifted(column as isize), out.add(column));
-        column += match (width - column) / S::LANES {
-            vectors if vectors >= 2 * P => {
-                accumulate_columns::<S, V, 1, P, false>(probabilities, 0, from, keys, to, width)
-            }
-            2.. => accumulate_columns::<S, V, 1, 1, false>(probabilities, 0, from, keys, to, width),
-            _ => accumulate_vector::<S, V, 1>(probabilities, 0, from, keys, to, width),
-        };
+        column += accumulate_next::<S, V, 1, P>(probabilities, 0, from, keys, to, width, width - column);
     }
     1
+}
+
+/// [`accumulate`] for the first of `left` columns, up to `P` pairs. Returns the number of columns.
+#[inline(always)]
+unsafe fn accumulate_next<S: Simd, V: Element, const R: usize, const P: usize>(
+    probabilities: *const f32,
+    stride: usize,
+    v: Rows<V>,
+    keys: usize,
+    out: *mut f32,
+    width: usize,
+    left: usize,
+) -> usize {
+    match left / S::LANES {
+        vectors if vectors >= 2 * P => {
+            accumulate_columns::<S, V, R, P, false>(probabilities, stride, v, keys, out, width)
+        }
+        2.. => accumulate_columns::<S, V, R, 1, false>(probabilities, stride, v, keys, out, width),
+        _ => accumulate_vector::<S, V, R>(probabilities, stride, v, keys, out, width),
+    }
 }
 
 /// [`accumulate`] for the first `P` pairs of columns; may `ASK` for the rows ahead. Returns the number of columns.
