@@ -220,6 +220,23 @@ def test_poison_stays_in_the_rows_that_see_it(way: Way, poison: float) -> None:
         assert out[0, 30:, 0].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("query_len", [1, 2, 40])
+def test_subnormal_queries_meet_huge_keys(query_len: int, dtype: torch.dtype) -> None:
+    # An instruction that takes subnormal numbers for 0 would make all keys alike.
+    q = torch.randint(-4, 5, (1, query_len, 8, 128)).to(dtype) * 2.0**-130
+    k = torch.randint(-4, 5, (1, 70, 2, 128)).to(dtype) * 2.0**124
+    v = torch.randn(1, 70, 2, 128).to(dtype)
+    assert (q != 0).any() and q.abs().max() < torch.finfo(dtype).tiny
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double().repeat_interleave(4, 2)) / 128**0.5
+    assert scores.std() > 0.05
+    expected = scores.softmax(-1) @ v.double().repeat_interleave(4, 2).transpose(1, 2)
+    # A q scaled before the product keeps 2^-149 of its 2^-130; then comes the rounding of the output.
+    bound = 4 * 2.0**-16 * v.abs().max() + torch.finfo(dtype).eps / 2 * expected.abs()
+    error = (flash_attn_func(q, k, v).double().transpose(1, 2) - expected).abs()
+    assert (error <= bound).all()
+
+
 def test_output_keeps_the_layout_of_q() -> None:
     q = torch.randn(2, 3, 7, 16).transpose(1, 2)
     out = flash_attn_func(q, q, q)

@@ -3,6 +3,7 @@
 //! Up to four rows share every load (and conversion) of K and V. Rows of K and V are read one after another from end to
 //! end, the order that hardware prefetchers follow.
 
+mod pairs;
 mod products;
 
 use std::ops::Range;
@@ -14,9 +15,11 @@ use crate::element::{Element, narrow, widen};
 use crate::interrupt::Ticker;
 use crate::isa::Simd;
 use crate::rows::Rows;
+use crate::schedule::Schedule;
 use crate::workspace::Carver;
 use crate::{dropout, math, score};
-use products::{accumulate, accumulate_one, dot, dot_one};
+use pairs::{PairDots, Pairs};
+use products::{Dots, ROW, Sums, dot_one, row_group, sum_one};
 
 /// Bytes of K or V of one head that are read in one go: a quarter of a 32 KiB first-level cache.
 const HEAD_BYTES: usize = 8 * 1024;
@@ -35,7 +38,7 @@ struct Pace {
 /// One query passes at about the rate of memory: short turns are what hardware prefetchers follow.
 const FAST: Pace = Pace { block: 32, turn: 32 * 1024, ahead: 32 * 1024 };
 /// Several queries make each key take longer. Larger blocks make light of their softmax.
-const SLOW: Pace = Pace { block: 128, turn: 64 * 1024, ahead: 64 * 1024 };
+const SLOW: Pace = Pace { block: ROW, turn: 64 * 1024, ahead: 64 * 1024 };
 
 /// Offsets of the pieces of a thread's scratch block, in float32 values.
 #[derive(Clone, Copy)]
@@ -44,6 +47,7 @@ pub(crate) struct Scratch {
     depth: usize,
     value_dim: usize,
     pace: Pace,
+    pairs: Option<Pairs>,
     queries: usize,
     /// One query in float32.
     query: usize,
@@ -58,8 +62,12 @@ pub(crate) struct Scratch {
 }
 
 impl Scratch {
-    /// The layout for tasks of at most `rows` rows.
-    pub(crate) fn new<S: Simd, T: Element>(call: &Call<'_>, rows: usize) -> Self {
+    /// The layout for the tasks of `schedule`, of at most `rows` rows a key head.
+    ///
+    /// # Safety
+    /// `call` must hold valid buffers.
+    pub(crate) unsafe fn new<S: Simd>(call: &Call<'_>, schedule: &Schedule<'_>, rows: usize) -> Self {
+        let rows = rows * schedule.task_heads();
         let problem = call.problem;
         let depth = problem.head_dim.next_multiple_of(S::LANES);
         let value_dim = problem.value_dim.next_multiple_of(S::LANES);
@@ -70,11 +78,12 @@ impl Scratch {
             depth,
             value_dim,
             pace,
+            pairs: Pairs::of::<S>(call, schedule),
             queries: carver.take(rows * depth),
             query: carver.take(depth),
             out: carver.take(rows * value_dim),
             state: carver.take(rows * 2),
-            scores: carver.take(rows * block),
+            scores: carver.take(rows * ROW),
             bias: carver.take(block),
             keys: carver.take(if depth == problem.head_dim { 0 } else { block * depth }),
             values: carver.take(if value_dim == problem.value_dim { 0 } else { block * value_dim }),
@@ -115,15 +124,6 @@ pub(crate) unsafe fn run<S: Simd, T: Element>(
     work.finish::<S, T>();
 }
 
-/// How many of `rows` rows meet keys together.
-const fn row_group(rows: usize) -> usize {
-    match rows {
-        4.. => 4,
-        2.. => 2,
-        _ => 1,
-    }
-}
-
 impl Work<'_, '_, Scratch> {
     /// Rows of one key head.
     const fn head_rows(&self) -> usize {
@@ -135,6 +135,12 @@ impl Work<'_, '_, Scratch> {
         self.task.heads * self.head_rows()
     }
 
+    /// How scores are computed from bfloat16, if they are: known to be not where no machine with the set can do it.
+    #[inline(always)]
+    fn pairs<S: Simd>(&self) -> Option<Pairs> {
+        self.scratch.pairs.filter(|_| S::BF16_DOT)
+    }
+
     /// Packs q; empties the softmax state and the output.
     #[inline(always)]
     unsafe fn start<S: Simd, T: Element>(&self) {
@@ -143,7 +149,10 @@ impl Work<'_, '_, Scratch> {
             let left = self.head_rows() - i % self.head_rows();
             let group = row_group(left);
             for r in 0..group {
-                self.pack_query::<S, T>(i + r, (r, group));
+                match self.pairs::<S>() {
+                    Some(pairs) => self.pack_pairs::<S>(pairs, i + r, (r, group)),
+                    None => self.pack_query::<S, T>(i + r, (r, group)),
+                }
             }
             i += group;
         }
@@ -184,6 +193,18 @@ impl Work<'_, '_, Scratch> {
             let to = to.add(group * column + r * S::LANES);
             S::store(to, S::mul(factor, S::load(staged.add(column))));
         }
+    }
+
+    /// Packs row number `i` of q, number `r` of a group, as bfloat16.
+    unsafe fn pack_pairs<S: Simd>(&self, pairs: Pairs, i: usize, (r, group): (usize, usize)) {
+        let (task, row) = self.row(i);
+        let q = std::slice::from_raw_parts(self.call.q_row::<u16>(&task, row), self.scratch.depth);
+        pairs.pack::<S>(q, (r, group), self.packed_pairs(i - r));
+    }
+
+    /// Queries from row number `i` on as [`Self::pack_pairs`] leaves them.
+    unsafe fn packed_pairs(&self, i: usize) -> *mut u16 {
+        self.at(self.scratch.queries).cast::<u16>().add(i * self.scratch.depth)
     }
 
     /// Puts a row of the output, whose columns are in the order in which v was read, in the order of memory.
@@ -237,7 +258,9 @@ impl Work<'_, '_, Scratch> {
             let first = self.rows_of::<T>(source, part.start);
             for head in 0..self.task.heads {
                 let k = first.shifted(head as isize * source.1.head as isize);
-                if depth == head_dim {
+                if let Some(pairs) = self.pairs::<S>() {
+                    self.pair_dots::<S>(pairs.factor, head, k.cast(), &place);
+                } else if depth == head_dim {
                     self.dots::<S, T>(head, k, &place);
                 } else {
                     let staged = self.stage::<S, T>(k, part.len(), depth, self.scratch.keys);
@@ -278,46 +301,40 @@ impl Work<'_, '_, Scratch> {
         Rows::new(to.cast_const(), width as isize, width).with_ahead(std::ptr::null())
     }
 
-    /// Scores of one head's rows against the keys `part` of the block, up to four rows at a time.
+    /// Scores of one head's rows against the keys `part` of the block.
     #[inline(always)]
     unsafe fn dots<S: Simd, K: Element>(&self, head: usize, k: Rows<K>, part: &Range<usize>) {
-        let (first, rows) = (head * self.head_rows(), self.head_rows());
-        let (depth, stride, keys) = (self.scratch.depth, self.scratch.pace.block, part.len());
-        let mut row = 0;
-        while row < rows {
-            let queries = self.at(self.scratch.queries + (first + row) * depth);
-            let scores = self.at(self.scratch.scores + (first + row) * stride + part.start);
-            // Eight accumulators hide the latency of the multiply-add, whatever the number of rows.
-            row += match rows - row {
-                4.. if S::REGISTERS >= 32 => dot::<S, K, 4, 4, 1>(queries, depth, k, keys, scores, stride),
-                4.. => dot::<S, K, 4, 2, 1>(queries, depth, k, keys, scores, stride),
-                2.. => dot::<S, K, 2, 2, 2>(queries, depth, k, keys, scores, stride),
-                _ => dot_one::<S, K>(queries, depth, k, keys, scores),
-            };
+        let (first, depth) = (head * self.head_rows(), self.scratch.depth);
+        let queries = self.at(self.scratch.queries + first * depth);
+        let scores = self.at(self.scratch.scores + first * ROW + part.start);
+        // For a single row a call apart would take longer than it gains.
+        if self.head_rows() == 1 {
+            dot_one::<S, K>(queries, depth, k, part.len(), scores);
+        } else {
+            S::apart(Dots { rows: self.head_rows(), queries, depth, k, keys: part.len(), scores });
         }
     }
 
-    /// Accumulates values in one head's rows, up to four rows at a time.
+    /// The same from bfloat16 as it is.
+    #[inline(always)]
+    unsafe fn pair_dots<S: Simd>(&self, factor: f32, head: usize, k: Rows<u16>, part: &Range<usize>) {
+        let (rows, depth) = (self.head_rows(), self.scratch.depth);
+        let (first, keys) = (head * rows, part.len());
+        let queries = self.packed_pairs(first).cast_const();
+        let scores = self.at(self.scratch.scores + first * ROW + part.start);
+        S::apart_bf16(PairDots { rows, queries, factor, depth, k, keys, scores });
+    }
+
+    /// Accumulates values in one head's rows.
     #[inline(always)]
     unsafe fn sums<S: Simd, V: Element>(&self, head: usize, v: Rows<V>, part: &Range<usize>) {
-        let (first, rows) = (head * self.head_rows(), self.head_rows());
-        let (width, stride, keys) = (self.scratch.value_dim, self.scratch.pace.block, part.len());
-        let mut row = 0;
-        while row < rows {
-            let probabilities = self.at(self.scratch.scores + (first + row) * stride + part.start);
-            let out = self.at(self.scratch.out + (first + row) * width);
-            row += match rows - row {
-                4.. if S::REGISTERS >= 32 => accumulate::<S, V, 4, 2>(probabilities, stride, v, keys, out, width),
-                4.. => accumulate::<S, V, 4, 1>(probabilities, stride, v, keys, out, width),
-                2.. => accumulate::<S, V, 2, 2>(probabilities, stride, v, keys, out, width),
-                // Long rows that follow one another would be read twice, in halves.
-                _ if V::IS_F32 && width > 8 * S::LANES && v.contiguous() => {
-                    accumulate::<S, V, 1, 2>(probabilities, stride, v, keys, out, width)
-                }
-                _ if width >= 8 * S::LANES => accumulate_one::<S, V, 4>(probabilities, v, keys, out, width),
-                _ if width >= 2 * S::LANES => accumulate_one::<S, V, 1>(probabilities, v, keys, out, width),
-                _ => accumulate::<S, V, 1, 1>(probabilities, stride, v, keys, out, width),
-            };
+        let (first, width) = (head * self.head_rows(), self.scratch.value_dim);
+        let probabilities = self.at(self.scratch.scores + first * ROW + part.start);
+        let out = self.at(self.scratch.out + first * width);
+        if self.head_rows() == 1 {
+            sum_one::<S, V>(probabilities, v, part.len(), out, width);
+        } else {
+            S::apart(Sums { rows: self.head_rows(), probabilities, v, keys: part.len(), out, width });
         }
     }
 
@@ -328,7 +345,7 @@ impl Work<'_, '_, Scratch> {
         let mut i = 0;
         for head in 0..self.task.heads {
             for row in self.task.rows.clone() {
-                let scores = self.at(self.scratch.scores + i * self.scratch.pace.block);
+                let scores = self.at(self.scratch.scores + i * ROW);
                 for key in keys.len()..padded {
                     scores.add(key).write(f32::NEG_INFINITY);
                 }

@@ -37,6 +37,17 @@ impl<T> Rows<T> {
         Self { ahead, ..self }
     }
 
+    /// The same rows of a type of the same size.
+    pub(crate) const fn cast<U>(self) -> Rows<U> {
+        assert!(size_of::<T>() == size_of::<U>(), "rows keep the size of their elements");
+        Rows { pointer: self.pointer.cast(), stride: self.stride, width: self.width, ahead: self.ahead.cast() }
+    }
+
+    /// The same rows, of which `width` elements are read.
+    pub(crate) const fn of(self, width: usize) -> Self {
+        Self { width, ..self }
+    }
+
     /// Rows that lie `elements` behind these, and ask for what lies as far behind.
     pub(crate) fn shifted(self, elements: isize) -> Self {
         let ahead = if self.ahead.is_null() { self.ahead } else { self.ahead.wrapping_offset(elements) };

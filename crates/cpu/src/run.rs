@@ -28,7 +28,7 @@ struct Kernels {
     panels: unsafe fn(&Call<'_>, &Task, panels::Scratch, *mut f32, &mut Ticker<'_>),
     panels_scratch: fn(&Call<'_>, usize, usize) -> panels::Scratch,
     decode: unsafe fn(&Call<'_>, &Task, decode::Scratch, *mut f32, &mut Ticker<'_>),
-    decode_scratch: fn(&Call<'_>, usize) -> decode::Scratch,
+    decode_scratch: unsafe fn(&Call<'_>, &Schedule<'_>, usize) -> decode::Scratch,
     merge: unsafe fn(&Call<'_>, &Task, &[*const f32]),
 }
 
@@ -47,7 +47,7 @@ macro_rules! kernels {
             panels: run_panels,
             panels_scratch: panels::Scratch::new::<$isa>,
             decode: run_decode,
-            decode_scratch: decode::Scratch::new::<$isa, $element>,
+            decode_scratch: decode::Scratch::new::<$isa>,
             merge: merge::run::<$element>,
         }
     }};
@@ -71,17 +71,33 @@ pub(crate) unsafe fn forward(
     let kernels = kernels(isa, call.problem.dtype);
     clear_uncovered(call, &schedule);
     let workers = if call.problem.flops() >= MIN_PARALLEL_FLOPS { threads.saturating_sub(1) } else { 0 };
-    let run = Run { call, schedule: &schedule, kernels };
+    let rows = call.tile.task_rows.min((call.problem.lengths.max_query_len() * call.group).max(1));
+    let scratch = match call.tile.path {
+        CpuPath::Panels => {
+            let keys = call.tile.key_block.min(call.problem.lengths.max_key_len().max(1));
+            Scratch::Panels((kernels.panels_scratch)(call, rows, keys))
+        }
+        CpuPath::Decode => Scratch::Decode((kernels.decode_scratch)(call, &schedule, rows)),
+    };
+    let run = Run { call, schedule: &schedule, kernels, scratch };
     let helpers = workers.min(schedule.tasks().saturating_sub(1));
     Queue::run(helpers, interrupted, |queue, ticker| run.tasks(queue, ticker))?;
     queue::for_each(helpers, schedule.merges(), |index| run.merge(index));
     Ok(())
 }
 
+/// The layout of a thread's scratch memory.
+#[derive(Clone, Copy)]
+enum Scratch {
+    Panels(panels::Scratch),
+    Decode(decode::Scratch),
+}
+
 struct Run<'a> {
     call: &'a Call<'a>,
     schedule: &'a Schedule<'a>,
     kernels: Kernels,
+    scratch: Scratch,
 }
 
 // SAFETY: partial results are written by one task each, and merged after all tasks.
@@ -90,28 +106,21 @@ unsafe impl Sync for Run<'_> {}
 impl Run<'_> {
     /// Takes tasks until there are none.
     fn tasks(&self, queue: &Queue, ticker: &mut Ticker<'_>) -> Result<(), Error> {
-        let (tile, rows) = (self.call.tile, self.call.problem.lengths.max_query_len() * self.call.group);
-        let rows = tile.task_rows.min(rows.max(1));
-        match tile.path {
-            CpuPath::Panels => {
-                let keys = tile.key_block.min(self.call.problem.lengths.max_key_len().max(1));
-                let scratch = (self.kernels.panels_scratch)(self.call, rows, keys);
-                with_scratch(scratch.len(), |block| {
-                    while let Some(index) = queue.next(self.schedule.tasks(), ticker) {
-                        // SAFETY: `forward`'s contract; the scratch block has the size that the layout asks for.
-                        unsafe { (self.kernels.panels)(self.call, &self.schedule.task(index), scratch, block, ticker) }
-                    }
-                })
-            }
-            CpuPath::Decode => {
-                let scratch = (self.kernels.decode_scratch)(self.call, rows * self.schedule.task_heads());
-                with_scratch(scratch.len(), |block| {
-                    while let Some(index) = queue.next(self.schedule.tasks(), ticker) {
-                        // SAFETY: as above.
-                        unsafe { (self.kernels.decode)(self.call, &self.schedule.task(index), scratch, block, ticker) }
-                    }
-                })
-            }
+        let next =
+            |ticker: &mut Ticker<'_>| queue.next(self.schedule.tasks(), ticker).map(|index| self.schedule.task(index));
+        match self.scratch {
+            Scratch::Panels(scratch) => with_scratch(scratch.len(), |block| {
+                while let Some(task) = next(ticker) {
+                    // SAFETY: `forward`'s contract; the scratch block has the size that the layout asks for.
+                    unsafe { (self.kernels.panels)(self.call, &task, scratch, block, ticker) }
+                }
+            }),
+            Scratch::Decode(scratch) => with_scratch(scratch.len(), |block| {
+                while let Some(task) = next(ticker) {
+                    // SAFETY: as above.
+                    unsafe { (self.kernels.decode)(self.call, &task, scratch, block, ticker) }
+                }
+            }),
         }
     }
 

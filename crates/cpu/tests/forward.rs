@@ -90,7 +90,9 @@ fn long_decode_is_split_and_merged() {
 
 #[test]
 fn the_order_of_a_cache_changes_no_bit() {
-    for (dtype, group, dims) in [(Dtype::F32, 1, (64, 64)), (Dtype::Bf16, 3, (72, 40)), (Dtype::F16, 6, (8, 128))] {
+    for (dtype, group, dims) in
+        [(Dtype::F32, 1, (64, 64)), (Dtype::Bf16, 3, (72, 40)), (Dtype::Bf16, 7, (128, 64)), (Dtype::F16, 6, (8, 128))]
+    {
         let ordered = |order| {
             let (lengths, (head_dim, value_dim)) = (vec![(1, 2300), (1, 2300)], dims);
             Run::new(&Case {

@@ -3,7 +3,7 @@
 
 use std::arch::{asm, x86_64::*};
 
-use super::{Simd, tile};
+use super::{Job, Simd, call, tile};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Avx2;
@@ -127,6 +127,12 @@ unsafe fn values_tile(values: *const f32, probabilities: *const f32, keys: usize
     );
 }
 
+/// [`Simd::apart`].
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn apart<J: Job>(job: J) {
+    job.run::<Avx2>();
+}
+
 impl Simd for Avx2 {
     type Vector = __m256;
     type Row = [__m256; 3];
@@ -134,6 +140,11 @@ impl Simd for Avx2 {
     const REGISTERS: usize = 16;
     const PANEL: usize = 24;
     const TILE: usize = 4;
+
+    #[inline(always)]
+    unsafe fn apart<J: Job>(job: J) {
+        call(apart, job);
+    }
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m256 {

@@ -3,7 +3,7 @@
 
 use std::arch::{asm, x86_64::*};
 
-use super::{Simd, tile};
+use super::{Job, Simd, call, tile};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512;
@@ -148,6 +148,18 @@ unsafe fn transpose_lanes([r0, r1, r2, r3]: [__m512; 4]) -> [__m512; 4] {
     ]
 }
 
+/// [`Simd::apart`].
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn apart<J: Job>(job: J) {
+    job.run::<Avx512>();
+}
+
+/// [`Simd::apart_bf16`].
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn apart_bf16<J: Job>(job: J) {
+    job.run::<Avx512>();
+}
+
 impl Simd for Avx512 {
     type Vector = __m512;
     type Row = [__m512; 2];
@@ -155,6 +167,27 @@ impl Simd for Avx512 {
     const REGISTERS: usize = 32;
     const PANEL: usize = 32;
     const TILE: usize = 8;
+    const BF16_DOT: bool = true;
+
+    #[inline(always)]
+    unsafe fn apart<J: Job>(job: J) {
+        call(apart, job);
+    }
+
+    #[inline(always)]
+    unsafe fn apart_bf16<J: Job>(job: J) {
+        call(apart_bf16, job);
+    }
+
+    fn has_bf16_dot() -> bool {
+        is_x86_feature_detected!("avx512bf16")
+    }
+
+    #[inline(always)]
+    unsafe fn dot_bf16(a: *const u16, b: *const u16, c: __m512) -> __m512 {
+        let (a, b) = (_mm512_loadu_si512(a.cast()), _mm512_loadu_si512(b.cast()));
+        _mm512_dpbf16_ps(c, std::mem::transmute::<__m512i, __m512bh>(a), std::mem::transmute::<__m512i, __m512bh>(b))
+    }
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {

@@ -129,6 +129,20 @@ macro_rules! instantiate {
 }
 pub(crate) use instantiate;
 
+/// Work for whichever instruction set.
+pub(crate) trait Job {
+    /// # Safety
+    /// As for the methods of [`Simd`]. To be inlined always, into the function that enables the set.
+    unsafe fn run<S: Simd>(self);
+}
+
+/// Calls a function whose body the compiler shall not see: `inline(never)` does not keep it from inlining one that enables
+/// instructions.
+#[cfg(target_arch = "x86_64")]
+unsafe fn call<J: Job>(function: unsafe fn(J), job: J) {
+    std::hint::black_box(function)(job);
+}
+
 /// Vectors of float32 and the matrix products built on them.
 ///
 /// A panel is `PANEL` query rows, one per lane: scores are `S^T = K Q^T` and values `O^T += V^T P^T`, so that the row
@@ -149,6 +163,26 @@ pub(crate) trait Simd: Copy + 'static {
     const PANEL: usize;
     /// Keys of one scores tile and value columns of one values tile.
     const TILE: usize;
+    /// Whether machines with this set may have an instruction for [`Self::dot_bf16`].
+    const BF16_DOT: bool = false;
+
+    /// Runs a job in a function of its own, which has all registers to itself.
+    unsafe fn apart<J: Job>(job: J);
+    /// [`Self::apart`] for jobs that call [`Self::dot_bf16`].
+    #[inline(always)]
+    unsafe fn apart_bf16<J: Job>(job: J) {
+        Self::apart(job);
+    }
+    /// Whether this machine has it.
+    fn has_bf16_dot() -> bool {
+        false
+    }
+    /// `c` plus the products of `2 * LANES` bfloat16 values, in lanes of any order. Subnormal values count as 0.
+    #[inline(always)]
+    unsafe fn dot_bf16(a: *const u16, b: *const u16, c: Self::Vector) -> Self::Vector {
+        let ([a0, a1], [b0, b1]) = (Self::load_bf16_pair(a), Self::load_bf16_pair(b));
+        Self::fma(a1, b1, Self::fma(a0, b0, c))
+    }
 
     unsafe fn splat(x: f32) -> Self::Vector;
     unsafe fn load(p: *const f32) -> Self::Vector;

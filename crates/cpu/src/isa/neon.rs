@@ -3,7 +3,7 @@
 
 use std::arch::{aarch64::*, asm};
 
-use super::{Simd, tile};
+use super::{Job, Simd, tile};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Neon;
@@ -135,6 +135,13 @@ unsafe fn values_tile(values: *const f32, probabilities: *const f32, keys: usize
     );
 }
 
+/// [`Simd::apart`].
+#[inline(never)]
+#[target_feature(enable = "neon")]
+unsafe fn apart<J: Job>(job: J) {
+    job.run::<Neon>();
+}
+
 impl Simd for Neon {
     type Vector = float32x4_t;
     type Row = [float32x4_t; 3];
@@ -142,6 +149,11 @@ impl Simd for Neon {
     const REGISTERS: usize = 32;
     const PANEL: usize = 12;
     const TILE: usize = 8;
+
+    #[inline(always)]
+    unsafe fn apart<J: Job>(job: J) {
+        apart(job);
+    }
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> float32x4_t {

@@ -3,7 +3,7 @@
 
 use half::{bf16, f16};
 
-use super::{Simd, tile};
+use super::{Job, Simd, tile};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Portable;
@@ -15,6 +15,12 @@ fn zip(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> [f32; L
     std::array::from_fn(|lane| f(a[lane], b[lane]))
 }
 
+/// [`Simd::apart`].
+#[inline(never)]
+unsafe fn apart<J: Job>(job: J) {
+    job.run::<Portable>();
+}
+
 impl Simd for Portable {
     type Vector = [f32; LANES];
     type Row = [[f32; LANES]; 1];
@@ -22,6 +28,11 @@ impl Simd for Portable {
     const REGISTERS: usize = 16;
     const PANEL: usize = LANES;
     const TILE: usize = 4;
+
+    #[inline(always)]
+    unsafe fn apart<J: Job>(job: J) {
+        apart(job);
+    }
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self::Vector {

@@ -4,7 +4,7 @@
 use std::hint::black_box;
 
 use super::portable::Portable;
-use super::{Isa, Simd};
+use super::{Isa, Job, Simd};
 use crate::math;
 use crate::workspace::Block;
 
@@ -51,6 +51,7 @@ checks! {
     widens_every_f16
     widens_every_bf16
     widens_bf16_pairs
+    dots_of_bf16
     rounds_to_f16
     rounds_to_bf16
     arithmetic
@@ -309,6 +310,41 @@ unsafe fn widens_bf16_pairs<S: Simd>() {
             let expected = f32::from_bits(u32::from(bits) << 16);
             assert!(same(x, expected), "{bits:#06x} becomes {x:?}, not {expected:?}");
         }
+    }
+}
+
+/// The sum over the lanes of [`Simd::dot_bf16`].
+struct Dot<'a> {
+    a: &'a [u16],
+    b: &'a [u16],
+    sum: &'a mut f32,
+}
+
+impl Job for Dot<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        *self.sum = S::sum(S::dot_bf16(self.a.as_ptr(), self.b.as_ptr(), S::splat(1.0)));
+    }
+}
+
+#[inline(always)]
+unsafe fn dots_of_bf16<S: Simd>() {
+    if S::BF16_DOT && !S::has_bf16_dot() {
+        return;
+    }
+    let value = |bits: u16| f64::from(f32::from_bits(u32::from(bits) << 16));
+    let (len, mut random) = (2 * S::LANES, Random(3));
+    for _ in 0..1000 {
+        // Exponents from -8 to 7: no product leaves the normal range.
+        let mut draw = || (random.next() as u16 & 0x87ff) + (119 << 7);
+        let (a, b): (Vec<u16>, Vec<u16>) = (0..len).map(|_| (draw(), draw())).unzip();
+        let terms = || a.iter().zip(&b).map(|(&a, &b)| value(a) * value(b));
+        let (want, size) = (terms().sum::<f64>() + S::LANES as f64, terms().map(f64::abs).sum::<f64>() + len as f64);
+        let mut got = f32::NAN;
+        S::apart_bf16(Dot { a: &a, b: &b, sum: &mut got });
+        // Each of the products and the lanes is added once, and every sum rounded.
+        let bound = (2 * len) as f64 * f64::from(f32::EPSILON) * size;
+        assert!((f64::from(got) - want).abs() <= bound, "{got} for {want}, bound {bound:e}");
     }
 }
 
