@@ -6,7 +6,6 @@ use mtlflashattn_core::{Append, Dtype, Pairs, Problem, Rotary, Strides};
 use mtlflashattn_metal::probe::rotation_bound;
 use mtlflashattn_metal::{AppendKernel, AppendLaunch, AppendTensors, DeviceError, RotaryTensors};
 use mtlflashattn_simulator::nvidia::{Gpu, Memory, Program};
-use mtlflashattn_simulator::ptx::FloatProducts;
 
 use crate::Wanted;
 use crate::caches::{self, Buffers, Form, cache_with_holes};
@@ -100,11 +99,7 @@ pub fn run(programs: &Programs, long: bool, wanted: &Wanted) -> Result<bool, Str
     };
     cases.retain(|case| wanted.includes(&case.to_string()));
     let runs: Vec<Run<'_>> = cases.iter().map(Run::new).collect();
-    let program = |run: &Run<'_>| programs::Kernel {
-        source: run.kernel().source(),
-        entry: run.kernel().entry(),
-        float_products: FloatProducts::Split,
-    };
+    let program = |run: &Run<'_>| programs::Kernel { source: run.kernel().source(), entry: run.kernel().entry() };
     let texts: Vec<programs::Kernel> = runs.iter().map(program).collect();
     let (Some(loaded), Some(gpu)) = (programs.load(&texts)?, programs.gpu) else { return Ok(true) };
     println!("append on {}: error / bound of all rotated elements; everything else must be equal", gpu.name());

@@ -6,7 +6,6 @@ use mtlflashattn_core::Dtype;
 use mtlflashattn_core::plan::{MetalTile, QueryHome, decode};
 use mtlflashattn_metal::{Argument, DecodeTensors, DeviceError, Grid, Tensors};
 use mtlflashattn_simulator::nvidia::{Gpu, Launch, Memory, Program};
-use mtlflashattn_simulator::ptx::FloatProducts;
 
 use crate::Wanted;
 use crate::caches::{Case, Form, Plan, case};
@@ -181,7 +180,7 @@ impl Data {
 /// Times the kernels of each shape and prints tables; without a GPU they are only translated.
 pub fn compare(programs: &Programs, wanted: &Wanted) -> Result<(), String> {
     let text = |error: DeviceError| error.to_string();
-    let stream = |entry| programs::Kernel { source: STREAM.to_owned(), entry, float_products: FloatProducts::Split };
+    let stream = |entry| programs::Kernel { source: STREAM.to_owned(), entry };
     let streams = programs.load(&[stream("stream_read"), stream("stream_copy")])?;
     let mut read = 0.0;
     if let (Some(gpu), Some(streams)) = (programs.gpu, &streams) {

@@ -11,7 +11,6 @@ use mtlflashattn_metal::{
     CacheTensors, DecodeLaunch, DecodeTensors, DeviceError, Kernel, LseStrides, MergeKernel, Outputs, Tensors,
 };
 use mtlflashattn_simulator::nvidia::{Gpu, Launch, Memory, Program};
-use mtlflashattn_simulator::ptx::FloatProducts;
 
 use crate::Wanted;
 use crate::parallel::in_parallel;
@@ -123,7 +122,7 @@ impl Plan {
     pub fn programs(&self) -> Vec<programs::Kernel> {
         let kernel = self.kernel();
         let merge = MergeKernel::of(&kernel);
-        let program = |source, entry| programs::Kernel { source, entry, float_products: FloatProducts::Split };
+        let program = |source, entry| programs::Kernel { source, entry };
         let mut all = vec![program(kernel.source(), kernel.entry())];
         if self.splits > 1 {
             all.push(program(merge.source(), merge.entry()));

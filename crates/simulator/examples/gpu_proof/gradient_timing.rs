@@ -9,7 +9,6 @@ use mtlflashattn_metal::{
     BackwardKernel, BackwardLaunch, BackwardTensors, DeviceError, Kernel, Launch, LseStrides, Outputs, Tensors,
 };
 use mtlflashattn_simulator::nvidia::{self, Gpu, Memory, Program};
-use mtlflashattn_simulator::ptx::FloatProducts;
 
 use crate::gradients::{CHIPS, outputs, planned, program};
 use crate::programs::{self, Programs};
@@ -40,11 +39,7 @@ impl Timed {
 
     fn program(&self) -> programs::Kernel {
         match self {
-            Self::Forward(kernel) => programs::Kernel {
-                source: kernel.source(),
-                entry: kernel.entry(),
-                float_products: FloatProducts::Split,
-            },
+            Self::Forward(kernel) => programs::Kernel { source: kernel.source(), entry: kernel.entry() },
             Self::Backward(kernel) => program(kernel),
         }
     }

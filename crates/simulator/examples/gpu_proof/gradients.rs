@@ -9,7 +9,6 @@ use mtlflashattn_core::reference::{Forward, ReferenceInputs, forward_part};
 use mtlflashattn_core::{Dtype, Problem};
 use mtlflashattn_metal::{BackwardKernel, BackwardLaunch, BackwardOutputs, BackwardTensors, DeviceError};
 use mtlflashattn_simulator::nvidia::{Gpu, Memory, Program};
-use mtlflashattn_simulator::ptx::FloatProducts;
 
 use crate::Wanted;
 use crate::numerics::{Case, Data, case};
@@ -79,7 +78,7 @@ pub const fn outputs(problem: &Problem) -> BackwardOutputs {
 
 /// A kernel as a program.
 pub fn program(kernel: &BackwardKernel) -> programs::Kernel {
-    programs::Kernel { source: kernel.source(), entry: kernel.entry(), float_products: FloatProducts::Split }
+    programs::Kernel { source: kernel.source(), entry: kernel.entry() }
 }
 
 /// A case with its kernels: the planner's. Causal problems take the kernels for tensors that may lie anywhere, so that both

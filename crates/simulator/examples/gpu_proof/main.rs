@@ -34,7 +34,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use mtlflashattn_simulator::nvidia::Gpu;
-use mtlflashattn_simulator::ptx::FloatProducts;
 
 use crate::programs::Programs;
 
@@ -125,7 +124,7 @@ fn main() -> ExitCode {
 /// Whether everything was right.
 fn run() -> Result<bool, String> {
     let arguments = Arguments::parse()?;
-    let gpu = if arguments.translate { None } else { Some(Gpu::open(FloatProducts::Split)) };
+    let gpu = if arguments.translate { None } else { Some(Gpu::open(programs::FLOAT_PRODUCTS)) };
     let gpu = match gpu {
         Some(Ok(gpu)) => Some(gpu),
         Some(Err(reason)) => {

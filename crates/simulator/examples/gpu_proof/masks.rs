@@ -19,7 +19,6 @@ use mtlflashattn_metal::{
     BackwardKernel, BackwardLaunch, BackwardTensors, DeviceError, Kernel, Launch, LseStrides, Outputs, Tensors,
 };
 use mtlflashattn_simulator::nvidia::{Gpu, Memory, Program};
-use mtlflashattn_simulator::ptx::FloatProducts;
 
 use crate::gradients::{CHIPS, outputs, planned, program};
 use crate::numerics::{Case, Data, case};
@@ -55,11 +54,7 @@ impl Masked {
 
     fn program(&self) -> programs::Kernel {
         match self {
-            Self::Forward(kernel) => programs::Kernel {
-                source: kernel.source(),
-                entry: kernel.entry(),
-                float_products: FloatProducts::Split,
-            },
+            Self::Forward(kernel) => programs::Kernel { source: kernel.source(), entry: kernel.entry() },
             Self::Backward(_, kernel) => program(kernel),
         }
     }

@@ -5,7 +5,6 @@ use mtlflashattn_core::reference::{Forward, ReferenceInputs};
 use mtlflashattn_core::{Dropout, Dtype, Options, Problem, TensorMeta};
 use mtlflashattn_metal::{Kernel, Launch, LseStrides, Outputs, Tensors};
 use mtlflashattn_simulator::nvidia::{Gpu, Memory, Program};
-use mtlflashattn_simulator::ptx::FloatProducts;
 
 use crate::parallel::in_parallel;
 use crate::programs::{self, Programs};
@@ -122,13 +121,8 @@ pub fn run(programs: &Programs, cases: &[Case], wanted: &Wanted) -> Result<bool,
     if let Some(kernel) = kernels().find(|kernel| !kernel.fits()) {
         return Err(format!("{} does not fit in threadgroup memory", tiles::name(kernel)));
     }
-    let texts: Vec<programs::Kernel> = kernels()
-        .map(|kernel| programs::Kernel {
-            source: kernel.source(),
-            entry: kernel.entry(),
-            float_products: FloatProducts::Split,
-        })
-        .collect();
+    let texts: Vec<programs::Kernel> =
+        kernels().map(|kernel| programs::Kernel { source: kernel.source(), entry: kernel.entry() }).collect();
     let (Some(loaded), Some(gpu)) = (programs.load(&texts)?, programs.gpu) else { return Ok(true) };
     let mut loaded = loaded.iter();
     println!("numbers on {}: error / bound on sampled rows, largest error of out", gpu.name());

@@ -8,12 +8,14 @@ use std::sync::mpsc;
 use mtlflashattn_simulator::nvidia::{Gpu, Program};
 use mtlflashattn_simulator::ptx::{FloatProducts, translate};
 
-/// A text, an entry point of it and how its float products are translated.
+/// How products of float32 matrices are translated: to check numbers, with 22 bits at least.
+pub const FLOAT_PRODUCTS: FloatProducts = FloatProducts::Split;
+
+/// A text and an entry point of it.
 #[derive(Clone, Debug)]
 pub struct Kernel {
     pub source: String,
     pub entry: &'static str,
-    pub float_products: FloatProducts,
 }
 
 /// The folder, and the GPU if there is one.
@@ -31,8 +33,8 @@ impl<'a> Programs<'a> {
     /// Where the translation of a kernel is kept.
     pub fn path(&self, kernel: &Kernel) -> PathBuf {
         // FNV-1a: names only have to differ where texts do.
-        let text = format!("{:?} {}", kernel.float_products, kernel.source);
-        let hash = text
+        let hash = kernel
+            .source
             .bytes()
             .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
         self.folder.join(format!("{hash:016x}.ptx"))
@@ -43,7 +45,7 @@ impl<'a> Programs<'a> {
         if let Ok(text) = fs::read_to_string(&path) {
             return Ok(text);
         }
-        let text = translate(&kernel.source, kernel.float_products).map_err(|error| error.to_string())?;
+        let text = translate(&kernel.source, FLOAT_PRODUCTS).map_err(|error| error.to_string())?;
         write(&path, &text)?;
         Ok(text)
     }

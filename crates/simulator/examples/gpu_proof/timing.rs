@@ -3,7 +3,6 @@
 use mtlflashattn_core::{Dtype, Tier};
 use mtlflashattn_metal::{Argument, DeviceError, Kernel, Launch, Outputs, Tensors};
 use mtlflashattn_simulator::nvidia::{self, Gpu, Memory, Program};
-use mtlflashattn_simulator::ptx::FloatProducts;
 
 use crate::Wanted;
 use crate::peer::{self, Peer, PeerKernel, PeerTier};
@@ -57,7 +56,7 @@ impl Candidate {
                 (peer.map_or_else(String::new, |peer| peer.source(*kernel, shape.head_dim)), kernel.entry())
             }
         };
-        programs::Kernel { source, entry, float_products: FloatProducts::Split }
+        programs::Kernel { source, entry }
     }
 
     fn dtype(&self) -> Dtype {
