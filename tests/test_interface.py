@@ -227,11 +227,14 @@ def test_subnormal_queries_meet_huge_keys(query_len: int, dtype: torch.dtype) ->
     q = torch.randint(-4, 5, (1, query_len, 8, 128)).to(dtype) * 2.0**-130
     k = torch.randint(-4, 5, (1, 70, 2, 128)).to(dtype) * 2.0**124
     v = torch.randn(1, 70, 2, 128).to(dtype)
-    assert (q != 0).any() and q.abs().max() < torch.finfo(dtype).tiny
-    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double().repeat_interleave(4, 2)) / 128**0.5
+    assert (q != 0).any()
+    assert q.abs().max() < torch.finfo(dtype).tiny
+    keys, values = (x.double().repeat_interleave(4, 2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), keys) / 128**0.5
     assert scores.std() > 0.05
-    expected = scores.softmax(-1) @ v.double().repeat_interleave(4, 2).transpose(1, 2)
-    # A q scaled before the product keeps 2^-149 of its 2^-130; then comes the rounding of the output.
+    expected = scores.softmax(-1) @ values.transpose(1, 2)
+    # Half of 2^-149 in each element of the scaled q, times 128 elements of k up to 2^126, is 2^-17
+    # in a score and twice that in a probability. Then comes the rounding of the output.
     bound = 4 * 2.0**-16 * v.abs().max() + torch.finfo(dtype).eps / 2 * expected.abs()
     error = (flash_attn_func(q, k, v).double().transpose(1, 2) - expected).abs()
     assert (error <= bound).all()
