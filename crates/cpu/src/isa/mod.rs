@@ -138,7 +138,6 @@ pub(crate) trait Job {
 
 /// Calls a function whose body the compiler shall not see: `inline(never)` does not keep it from inlining one that enables
 /// instructions.
-#[cfg(target_arch = "x86_64")]
 unsafe fn call<J: Job>(function: unsafe fn(J), job: J) {
     std::hint::black_box(function)(job);
 }

@@ -3,7 +3,7 @@
 
 use std::arch::{aarch64::*, asm};
 
-use super::{Job, Simd, tile};
+use super::{Job, Simd, call, tile};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Neon;
@@ -136,7 +136,6 @@ unsafe fn values_tile(values: *const f32, probabilities: *const f32, keys: usize
 }
 
 /// [`Simd::apart`].
-#[inline(never)]
 #[target_feature(enable = "neon")]
 unsafe fn apart<J: Job>(job: J) {
     job.run::<Neon>();
@@ -152,7 +151,7 @@ impl Simd for Neon {
 
     #[inline(always)]
     unsafe fn apart<J: Job>(job: J) {
-        apart(job);
+        call(apart, job);
     }
 
     #[inline(always)]

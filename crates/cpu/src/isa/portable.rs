@@ -3,7 +3,7 @@
 
 use half::{bf16, f16};
 
-use super::{Job, Simd, tile};
+use super::{Job, Simd, call, tile};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Portable;
@@ -16,7 +16,6 @@ fn zip(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> [f32; L
 }
 
 /// [`Simd::apart`].
-#[inline(never)]
 unsafe fn apart<J: Job>(job: J) {
     job.run::<Portable>();
 }
@@ -31,7 +30,7 @@ impl Simd for Portable {
 
     #[inline(always)]
     unsafe fn apart<J: Job>(job: J) {
-        apart(job);
+        call(apart, job);
     }
 
     #[inline(always)]
